@@ -1,0 +1,241 @@
+"""The command line: one function a command, no logic of its own.
+
+Results go to stdout, progress and errors to stderr. With `--json` the last line of stdout is one JSON object. Status: 0
+done; 2 something that the user can put right, in one line; 130 stopped by Ctrl-C, all saved; 1 a bug.
+"""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mm import __version__
+from mm.errors import ConfigError, MMError
+
+Result = dict[str, Any]
+
+
+def train(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
+    from mm.display import Display
+    from mm.train.trainer import Trainer
+
+    config = load_config(args.config, args.overrides)
+    with Display() as display:
+        result = Trainer(config, display).run(resume=args.resume)
+    say(args, f"run: {config.out}")
+    for name, value in result.items():
+        say(args, f"  {name}: {value:.4f}" if isinstance(value, float) else f"  {name}: {value}")
+    say(args, f"next: mm report {config.out}")
+    return {"run": str(config.out), **result}
+
+
+def pack(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
+    from mm.data.prepare import SPLITS, pack_split
+    from mm.data.packed import PackedDataset
+    from mm.display import Display
+
+    config = load_config(args.config, args.overrides)
+    if config.data.packed is not None:
+        raise ConfigError(f"{args.config}: data.packed is set: this config reads a packed set; give data.sources to pack")
+    layout = config.model.layout()  # type: ignore[attr-defined]
+    packed: Result = {}
+    for split in SPLITS:
+        if config.data.split(split):
+            out = Path(args.out) / split if args.out else None
+            with Display() as display:
+                folder = pack_split(config.data, split, layout, config.seed, out, display.packing)
+            about = PackedDataset(folder).about
+            packed[split] = {"folder": str(folder), **{k: about[k] for k in ("packs", "tokens", "fill")}}
+            say(args, f"{split}: {about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full: {folder}")
+    return packed
+
+
+def inspect(args: argparse.Namespace) -> Result:
+    from mm.data.inspect import inspect_page, summary
+    from mm.data.packed import PackedDataset
+    from mm.data.tokens import Tokenizer
+
+    dataset = PackedDataset(Path(args.data))
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    page = Path(args.out) if args.out else Path(f"inspect-{Path(args.data).resolve().name}.html")
+    page.write_text(inspect_page(dataset, tokenizer, args.rows))
+    say(args, f"wrote {page}: open it in a browser")
+    return {"page": str(page), **summary(dataset)}
+
+
+def generate(args: argparse.Namespace) -> Result:
+    from mm import hub
+    from mm.data.sample import Media
+    from mm.errors import DataError
+    from mm.models.generate import generate as write
+    from mm.models.system import GenerativeSystem
+
+    pictures = []
+    for path in args.image:
+        try:
+            pictures.append(Media("image", Path(path).read_bytes(), Path(path).suffix.lstrip(".")))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+    system, layout, config = hub.load(args.run)
+    if not isinstance(system, GenerativeSystem):
+        raise ConfigError(f"{args.run}: a {config.model.kind} model does not write text")
+    texts = write(system, layout, pictures, args.prompt, args.max_new_tokens, args.temperature)
+    for path, text in zip(args.image, texts, strict=True):
+        say(args, f"{path}: {text}")
+    return {"captions": dict(zip(args.image, texts, strict=True))}
+
+
+def report(args: argparse.Namespace) -> Result:
+    from mm.report import report_page
+
+    run = Path(args.run)
+    page = Path(args.out) if args.out else run / "report.html"
+    page.write_text(report_page(run))
+    say(args, f"wrote {page}: open it in a browser")
+    return {"page": str(page)}
+
+
+def config(args: argparse.Namespace) -> Result:
+    import yaml
+
+    from mm.config import json_schema, load_config
+
+    if args.schema:
+        text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
+        say(args, text)
+        return json_schema()
+    if args.config is None:
+        raise ConfigError("give a config file, or --schema")
+    resolved = load_config(args.config, args.overrides).resolved()
+    say(args, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
+    return resolved
+
+
+def doctor(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mm.doctor import diagnose
+
+    found = diagnose()
+    if not args.json:
+        table = Table("", "", show_header=False, box=None, pad_edge=False)
+        for name, value in {**found["machine"], **found["packages"]}.items():
+            table.add_row(name, str(value) if value is not None else "not installed")
+        console = Console()
+        console.print(table)
+        for problem in found["problems"]:
+            console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
+        console.print("everything fits together" if not found["problems"] else "", markup=False)
+    args.status = 2 if found["problems"] else 0
+    return found
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """For people: to stdout, or out of the way of `--json`."""
+    print(text, file=sys.stderr if args.json else sys.stdout)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mm: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="mm", description="Train multimodal models from configs; pack data sets; look at both.")
+    parser.add_argument("--version", action="version", version=f"mm {__version__}")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function: Any, help: str, config: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=help, description=help, parents=[shared])
+        sub.set_defaults(function=function, status=0)
+        if config:
+            sub.add_argument("config", help="a YAML file")
+            sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+        return sub
+
+    sub = command(train, "train a model from a config; raw shards are packed first", config=True)
+    sub.add_argument("--resume", action="store_true", help="go on with the run in its folder, if there is one")
+    sub = command(pack, "pack a config's data set offline", config=True)
+    sub.add_argument("--out", help="folder for the packed splits (default: the cache that mm train uses)")
+    sub = command(inspect, "draw packed rows as an HTML page")
+    sub.add_argument("data", help="a packed split: a folder with dataset.json")
+    sub.add_argument("--rows", type=int, default=16, help="rows to draw (16)")
+    sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
+    sub.add_argument("--out", help="the page (inspect-NAME.html)")
+    sub = command(generate, "write captions for pictures with a trained model")
+    sub.add_argument("run", help="a run folder or a checkpoint")
+    sub.add_argument("image", nargs="+", help="jpg, png or webp")
+    sub.add_argument("--prompt", default="", help="text after the picture, such as 'en: '")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (64)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    sub = command(report, "make one HTML page of a run")
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("--out", help="the page (RUN/report.html)")
+    sub = command(config, "print the resolved, checked config without touching data")
+    sub.add_argument("config", nargs="?", help="a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
+    command(doctor, "say what is installed and which accelerator and attention would be used")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args, unknown = build_parser().parse_known_args(argv)
+    # Options may stand between overrides, which argparse then leaves over.
+    if unknown:
+        flags = [text for text in unknown if text.startswith("-") or not hasattr(args, "overrides")]
+        if flags:
+            print(f"mm: unknown argument {flags[0]!r}; see `mm {args.command} --help`", file=sys.stderr)
+            return 2
+        args.overrides += unknown
+    try:
+        result = args.function(args)
+    except KeyboardInterrupt:
+        return fail(args, "interrupted before anything was trained; what was written stays", 130)
+    except MMError as error:
+        if args.debug:
+            raise
+        return fail(args, str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if args.debug:
+            raise
+        return fail(args, explain_os_error(error), 2)
+    except Exception as error:
+        if args.debug:
+            raise
+        text = (str(error).strip() or repr(error)).splitlines()[0]
+        return fail(args, f"unexpected {type(error).__name__}: {text} (a bug? --debug shows where)", 1)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return int(args.status)
+
+
+def explain_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; checkpoints saved before are whole: free some space and go on with --resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no permission to write or read there; choose another folder (out=DIR, data.cache=DIR)"
+    return f"{where}{error.strerror or error}"
+
+
+def fail(args: argparse.Namespace, text: str, status: int) -> int:
+    print("\n".join(f"mm: {line}" for line in text.splitlines()), file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": text, "status": status}, ensure_ascii=False))
+    return status

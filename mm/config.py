@@ -1,0 +1,246 @@
+"""RunConfig: composes the sections that data, models and train define. YAML in, typed config out.
+
+    extends: ../base.yaml          a file to start from; mappings merge, lists and other kinds replace
+    data: …  model: …  train: …    sections
+    mm train FILE train.max_steps=40 data.sources.0.path=…      the command line has the last word
+
+Every error is one line: the file and line, the key's path, what was expected, the nearest valid name.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from mm.data.config import DataConfig
+from mm.errors import ConfigError
+from mm.models.config import ModelConfig
+from mm.settings import Section
+from mm.train.config import EvaluationConfig, TrainConfig
+
+Keys = tuple[str | int, ...]
+
+
+class RunConfig(Section):
+    """One run."""
+
+    out: Path
+    """The folder that the run writes to; by default `runs/` and the name of the config file."""
+    seed: int = 0
+    """Everything drawn in a run derives from it."""
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values that give this config again."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, and check it all. Raises `ConfigError`."""
+    path = Path(path)
+    tree, origins = _read(path, ())
+    for override in overrides:
+        _override(tree, origins, override)
+    tree.setdefault("out", str(Path("runs") / path.stem))
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(one, path, origins) for one in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    problems = contradictions(config)
+    if problems:
+        raise ConfigError("\n".join(f"{_where(keys, path, origins)}: {text}" for keys, text in problems))
+    return config
+
+
+def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
+    """Rules between settings, checked before anything is built: (key path, what is wrong)."""
+    data, train, evaluation = config.data, config.train, config.evaluation
+    rows = train.batch_tokens // data.context_length
+    found: list[tuple[Keys, str]] = []
+
+    def rule(broken: bool, key: str, text: str) -> None:
+        if broken:
+            found.append((tuple(key.split(".")), text))
+
+    raw = bool(data.sources or data.validation or data.test)
+    rule(
+        data.packed is not None and raw,
+        "data.packed",
+        "contradicts data.sources, data.validation or data.test: give raw shards or a packed set, not both",
+    )
+    rule(data.packed is None and not data.sources, "data.sources", "nothing to train on: give sources, or data.packed")
+    rule(
+        (train.max_steps is None) == (train.epochs is None),
+        "train.max_steps",
+        "give either train.max_steps or train.epochs" + (", not both" if train.epochs is not None else ""),
+    )
+    rule(
+        rows < 1,
+        "train.batch_tokens",
+        f"{train.batch_tokens} is less than one row of data.context_length = {data.context_length}",
+    )
+    rule(
+        rows >= 1 and rows % train.micro_batch != 0,
+        "train.micro_batch",
+        f"{train.micro_batch} does not divide the {rows} rows of a step "
+        f"(train.batch_tokens {train.batch_tokens} / data.context_length {data.context_length})",
+    )
+    rule(
+        train.max_steps is not None and getattr(train.schedule, "warmup", 0) > train.max_steps,
+        "train.schedule.warmup",
+        f"{getattr(train.schedule, 'warmup', 0):g} steps are more than train.max_steps = {train.max_steps}",
+    )
+    rule(
+        evaluation.every > 0 and data.packed is None and not data.validation,
+        "evaluation.every",
+        "there is no data.validation to evaluate on; give it, or set evaluation.every=0",
+    )
+    tokens = getattr(getattr(config.model, "connector", None), "tokens", None)
+    if tokens is not None:
+        patches = config.model.vision.patches  # type: ignore[attr-defined]
+        rule(
+            tokens > patches,
+            "model.connector.tokens",
+            f"{tokens} is more than the {patches} patches of model.vision at {config.model.vision.image_size} pixels",  # type: ignore[attr-defined]
+        )
+        rule(
+            tokens >= data.context_length,
+            "data.context_length",
+            f"{data.context_length} does not hold one picture of model.connector.tokens = {tokens}",
+        )
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema of the YAML files, for editors (configs/schema.json)."""
+    schema = RunConfig.model_json_schema()
+    # A file may extend another and leave out what that one sets, at any depth; `out` has a default.
+    for section in (schema, *schema["$defs"].values()):
+        if "kind" not in section.get("required", ()):
+            section.pop("required", None)
+    schema["properties"]["extends"] = {"type": "string", "description": "A file to start from, relative to this one."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Keys, str]]:
+    """A file's values with everything it extends, and where each key was set (`file:line`)."""
+    here = path.resolve()
+    if here in chain:
+        raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in (*chain, here))}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file (looked from {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    origins: dict[Keys, str] = {}
+    tree = _plain(node, path, (), origins) if node is not None else {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found a {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, origins
+    base, base_origins = _read(path.parent / str(parent), (*chain, here))
+    return _merge(base, tree), {**base_origins, **origins}
+
+
+def _plain(node: yaml.Node, path: Path, keys: Keys, origins: dict[Keys, str]) -> Any:
+    """A YAML node as plain values, noting the line of every key."""
+    origins[keys] = f"{path}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in values:
+                raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: {_dotted((*keys, key))}: set twice in this file")
+            values[key] = _plain(value_node, path, (*keys, key), origins)
+            origins[(*keys, key)] = f"{path}:{key_node.start_mark.line + 1}"
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(one, path, (*keys, index), origins) for index, one in enumerate(node.value)]
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origins[keys]}: {_dotted(keys)}: {error}") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`: mappings merge; another `kind`, a list or a plain value replaces."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind", over["kind"]):
+        return over
+    return {key: _merge(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
+
+
+def _override(tree: dict[str, Any], origins: dict[Keys, str], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.-]+", key):
+        raise ConfigError(f"{text!r}: expected KEY.SUB=VALUE, such as train.max_steps=40")
+    try:
+        new = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+    keys: list[str | int] = []
+    at: Any = tree
+    parts = key.split(".")
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                raise ConfigError(f"{text!r}: {_dotted(tuple(keys))} is a list of {len(at)}; expected a number below that")
+            step: str | int = int(part)
+            there = at[int(part)]
+        elif isinstance(at, dict):
+            step, there = part, at.get(part)
+        else:
+            raise ConfigError(f"{text!r}: {_dotted(tuple(keys))} is a single value and has no {part!r}")
+        keys.append(step)
+        if last:
+            at[step] = _merge(there, new)
+        else:
+            if there is None:
+                there = at[step] = {}
+            at = there
+        origins[tuple(keys)] = "command line"
+
+
+def _explain(error: Any, path: Path, origins: dict[Keys, str]) -> str:
+    keys: Keys = tuple(error["loc"])
+    context = error.get("ctx") or {}
+    if error["type"] == "unknown_key":
+        keys = (*keys, context["key"])
+        return f"{_where(keys, path, origins)}: unknown key; {context['hint']}"
+    text = error["msg"].removeprefix("Value error, ")
+    text = re.sub(r"^Input should be (a valid |an? )?", "expected ", text)
+    if error["type"] == "missing":
+        return f"{_where(keys, path, origins)}: missing; it has no default"
+    found = json.dumps(error["input"], ensure_ascii=False, default=str)
+    shown = "" if error["type"] == "value_error" and isinstance(error["input"], dict) else f", found {_short(found)}"
+    return f"{_where(keys, path, origins)}: {text}{shown}"
+
+
+def _where(keys: Keys, path: Path, origins: dict[Keys, str]) -> str:
+    """`file:line: key.path`, by the nearest enclosing key that was set anywhere."""
+    known = next((origins[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origins), str(path))
+    return f"{known}: {_dotted(keys)}"
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(str(key) for key in keys) or "the file"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"

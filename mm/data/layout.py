@@ -1,0 +1,60 @@
+"""Layout: all that data must know of a model, without importing it.
+
+A system's config returns one (`config.layout()`). Its fingerprint names the packed sets that fit the model: tokenizer,
+template and the positions that media take. Pixel size and normalisation are left out of it, because packed sets keep the
+original bytes.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mm.data.media import ImageHeader, ImageTransform
+from mm.data.tokens import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a document is spelt: `bos` + media and text in order + `eos`."""
+
+    bos: str | None
+    eos: str
+    after_media: str = ""
+    """Put before text that follows media (Open-Qwen2VL: a newline)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """A picture in the row: `tokens` positions, whatever its size, at a price of `cost` encoder tokens."""
+
+    tokens: int
+    cost: int
+    transform: ImageTransform
+
+    def count(self, header: ImageHeader) -> tuple[int, int]:
+        """(positions in the row, encoder tokens) of a picture with this header."""
+        return self.tokens, self.cost
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tokenizer, template, pad id, and what media cost."""
+
+    tokenizer: Tokenizer
+    template: Template
+    pad: int
+    image: ImageLayout | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a packed set depends on, as it stands in its `dataset.json`."""
+        image = None if self.image is None else {"tokens": self.image.tokens, "cost": self.image.cost}
+        return {
+            "tokenizer": self.tokenizer.fingerprint(),
+            "template": asdict(self.template),
+            "pad": self.pad,
+            "image": image,
+        }
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,69 @@
+"""A Sample: one document as an ordered list of parts, before any model has been chosen.
+
+Media stay encoded bytes here; nothing in this file decodes. A part may be a `Choice`: a picture with six captions is one
+sample whose text is drawn anew at every visit, so that the picture is stored once and seen with all of them.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+MediaKind = Literal["image", "audio", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A run of text. `loss=False` marks a prompt: the model reads it but is not trained to write it."""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One picture, recording or clip as its original encoded bytes; `ext` is the file extension without a dot."""
+
+    kind: MediaKind
+    data: bytes
+    ext: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Alternatives of which one visit sees one."""
+
+    options: tuple[tuple[Text, ...], ...]
+
+
+Part = Text | Media | Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One document. `id` is `source/shard/key` (`…#k` for a piece of one) and survives every rewrite."""
+
+    id: str
+    parts: tuple[Part, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def drawn(self, seed: int, visit: int) -> tuple[Text | Media, ...]:
+        """The parts with every choice made: a pure function of (seed, visit, id).
+
+        Choices walk through a seeded permutation, so n visits see each of n options once.
+        """
+        parts: list[Text | Media] = []
+        for part in self.parts:
+            if isinstance(part, Choice):
+                order = keyed_rng(seed, self.id).permutation(len(part.options))
+                parts += part.options[order[visit % len(order)]]
+            else:
+                parts.append(part)
+        return tuple(parts)
+
+
+def keyed_rng(*key: object) -> np.random.Generator:
+    """A random generator that depends on the key alone: not on rank, worker, or what was drawn before."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))

@@ -1,0 +1,130 @@
+"""Language backbones: any causal language model of transformers, by name or from a config, with packed attention.
+
+A model is probed when it is built: two random segments, in one row and apart, must agree. A model with position or mask
+logic of its own (ALiBi, recurrent layers, sinks) fails and is refused by name, rather than trained on leaking rows.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mm.errors import ConfigError
+from mm.models import attention
+from mm.models.config import LanguageConfig
+
+
+def load(config: LanguageConfig, vocab_size: int) -> Any:
+    """The transformers model in float32, ready for packed rows. `vocab_size`: the tokenizer's."""
+    implementation = attention.register()
+    if config.name is not None:
+        name = config.name
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype="float32", attn_implementation=implementation
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"model.language.name {name}: cannot be loaded: {_first_line(error)}") from None
+    else:
+        assert config.config is not None
+        name = config.config["model_type"]
+        model = from_config({"vocab_size": vocab_size, **config.config}, implementation)
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < vocab_size:
+        raise ConfigError(
+            f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
+            "give the model's own tokenizer"
+        )
+    probe(model, name)
+    return model
+
+
+def from_config(values: dict[str, Any], implementation: str) -> Any:
+    """A transformers causal LM with random weights from a plain dict with `model_type`."""
+    values = dict(values)
+    kind = values.pop("model_type")
+    try:
+        config = transformers.AutoConfig.for_model(kind, **values)
+        config._attn_implementation = implementation
+        return transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.language.config: {_first_line(error)}") from None
+
+
+def run(
+    model: Any, embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, keep: Tensor, isolate: bool,
+    implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Logits at chosen positions of packed rows.
+
+    Args:
+        embeddings: [B, L, D]; segment_ids, position_ids: [B, L]; keep: int64 [K], flat positions (row * L + position).
+
+    Returns:
+        [K, V]. The rows are flattened into one, so that the head runs on the K positions alone.
+    """
+    return model(
+        inputs_embeds=embeddings.flatten(0, 1)[None],
+        position_ids=position_ids.reshape(1, -1),
+        use_cache=False,
+        logits_to_keep=keep,
+        packing=attention.packing(segment_ids, isolate, implementation),
+    ).logits[0]
+
+
+def probe(model: Any, name: str) -> None:
+    """Raise `ConfigError` unless two segments in one row give what each gives alone.
+
+    Runs on a copy of the model's config with at most 4 layers and a small vocabulary, so that it costs milliseconds for a
+    model of any size and on the meta device too.
+    """
+    small = copy.deepcopy(model.config)
+    for key, value in (("num_hidden_layers", min(4, getattr(small, "num_hidden_layers", 4))), ("vocab_size", 64)):
+        setattr(small, key, value)
+    if isinstance(getattr(small, "layer_types", None), list):
+        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, key, None)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            torch.manual_seed(0)
+            tiny = type(model)(small).float().eval()
+            width = tiny.get_input_embeddings().embedding_dim
+            both = torch.randn(1, 12, width)
+            ids = torch.tensor([[1] * 7 + [2] * 5])
+            positions = torch.tensor([[*range(7), *range(5)]])
+            packed = run(tiny, both, ids, positions, torch.arange(12), isolate=True)
+            apart = [
+                run(tiny, both[:, a:b], ids[:, a:b], positions[:, a:b], torch.arange(b - a), isolate=True)
+                for a, b in ((0, 7), (7, 12))
+            ]
+            difference = float((packed - torch.cat(apart)).abs().max() / packed.abs().max())
+    except Exception as error:
+        raise ConfigError(
+            f"model.language {name}: does not take packed rows ({_first_line(error)}); choose a causal language model "
+            "with standard attention"
+        ) from None
+    if not difference < 1e-4:
+        raise ConfigError(
+            f"model.language {name}: packed and separate runs of the same segments differ by {difference:.1e} (relative): "
+            "it has position or mask logic of its own and would leak between samples; choose a model with standard attention"
+        )
+
+
+@contextlib.contextmanager
+def ordinary_attention(model: Any) -> Iterator[None]:
+    """transformers' own SDPA attention for the time of the context: generation with a cache needs it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,55 @@
+"""Text for pictures: greedy or sampled continuation of a prompt."""
+
+import torch
+
+from mm.data.batch import collate
+from mm.data.layout import Layout
+from mm.data.packed import join_segments
+from mm.data.sample import Media, Text
+from mm.data.tokens import make_segment
+from mm.models.backbone import ordinary_attention
+from mm.models.system import GenerativeSystem
+
+
+@torch.no_grad()
+def generate(
+    system: GenerativeSystem,
+    layout: Layout,
+    pictures: list[Media],
+    prompt: str = "",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    max_pixels: int = 100_000_000,
+) -> list[str]:
+    """One continuation for each picture after the prompt.
+
+    Args:
+        prompt: text after the picture, as in training (`en: ` where the prompt template was `{language}: `).
+        temperature: 0 takes the likeliest token; otherwise tokens are sampled with torch's RNG.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    parts = [(picture, Text(prompt, loss=False)) for picture in pictures]
+    segments = [make_segment(p, layout, f"picture {i}", max_pixels, closed=False) for i, p in enumerate(parts)]
+    packs = [join_segments([(f"picture {i}", "", s, p)]) for i, (s, p) in enumerate(zip(segments, parts, strict=True))]
+    device = next(system.parameters()).device
+    batch = collate(packs, layout, row_length=max(len(segment) for segment in segments)).to(device)
+    was_training = system.training
+    system.eval()
+    with ordinary_attention(system.language):
+        # All prompts are equally long (one text, pictures of a fixed size), so nothing has to be padded.
+        ids = system.language.generate(
+            inputs_embeds=system.embed(batch),
+            attention_mask=(batch.segment_ids > 0).long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=layout.tokenizer.id(layout.template.eos),
+            pad_token_id=layout.pad,
+            bos_token_id=None,
+        )
+    system.train(was_training)
+    return [layout.tokenizer.decode(row).strip() for row in ids.tolist()]

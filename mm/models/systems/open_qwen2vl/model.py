@@ -1,0 +1,55 @@
+"""Open-Qwen2VL as a composition: timm tower -> pool + MLP -> any causal language model.
+
+Picture features take the place of placeholder embeddings, LLaVA-style; there are no picture start or end tokens.
+Source: arXiv 2504.00595 section 2.2; github Victorwz/Open-Qwen2VL, `prismatic/models/vlms/prismatic.py`.
+"""
+
+from torch import Tensor
+
+from mm.data.batch import IGNORE, MediaBatch, PackedBatch
+from mm.data.tokens import Tokenizer
+from mm.errors import ConfigError
+from mm.models import backbone
+from mm.models.objectives import next_token_losses
+from mm.models.system import GenerativeSystem
+from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
+from mm.models.vision import VisionTower
+
+
+class OpenQwen2VL(GenerativeSystem):
+    """See the module. Submodules `vision`, `connector`, `language` are what name patterns in configs match."""
+
+    def __init__(self, config: OpenQwen2VLConfig) -> None:
+        super().__init__()
+        tokenizer = Tokenizer.load(config.language.tokenizer_name, config.language.added_tokens)
+        self.vision = VisionTower(config.vision)
+        tokens = config.connector.tokens  # type: ignore[attr-defined]
+        if tokens > self.vision.patches:
+            raise ConfigError(
+                f"model.connector.tokens {tokens}: {config.vision.name} at {config.vision.image_size} pixels gives only "
+                f"{self.vision.patches} patches"
+            )
+        self.language = backbone.load(config.language, len(tokenizer))
+        width = self.language.get_input_embeddings().embedding_dim
+        self.connector = config.connector.build(self.vision.width, width)  # type: ignore[attr-defined]
+
+    def encode(self, medium: str, media: MediaBatch) -> Tensor:
+        assert medium == "image"
+        return self.connector(self.vision(media.stacked())).flatten(0, 1)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        embeddings = self.language.get_input_embeddings()(batch.input_ids)
+        for medium, media in batch.media.items():
+            features = self.encode(medium, media) if media.features is None else media.features
+            flat = embeddings.flatten(0, 1)
+            slots = media.slots(embeddings.shape[1])
+            embeddings = flat.index_put((slots,), features.to(flat.dtype)).view_as(embeddings)
+        return embeddings
+
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        targets = batch.labels.flatten()
+        keep = (targets != IGNORE).nonzero()[:, 0]
+        logits = backbone.run(
+            self.language, self.embed(batch), batch.segment_ids, batch.position_ids, keep, batch.isolate_segments
+        )
+        return next_token_losses(logits, targets[keep])

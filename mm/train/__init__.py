@@ -1,0 +1,1 @@
+"""The trainer: PackedBatches and a System in, checkpoints and numbers out."""

@@ -1,0 +1,170 @@
+"""The `train:` and `evaluation:` sections of a run. No torch here."""
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field, field_validator
+
+from mm.data.config import DataConfig
+from mm.settings import Count, Kinds, KindSection, Number, Section
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class AdamWConfig(KindSection):
+    """torch's AdamW (Loshchilov & Hutter, 1711.05101), fused."""
+
+    kind: str = "adamw"
+    lr: Number = Field(default=5e-5, gt=0)
+    """Peak learning rate; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: Number = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: Number = Field(default=0.01, ge=0)
+    """Decoupled decay of matrices; biases, norms and other vectors are not decayed unless `train.params` says so."""
+
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
+        import torch
+
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class ScheduleConfig(KindSection):
+    """Linear warmup to 1, then the kind's decay to `final`. `factor` is what the learning rate is multiplied by."""
+
+    warmup: Number = Field(default=0.03, ge=0)
+    """Steps, or a share of all steps when below 1 (`3%`)."""
+    final: Number = Field(default=0.0, ge=0, le=1)
+    """The factor that the decay ends at."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """For step 0 … steps - 1."""
+        warmup = self.warmup * steps if self.warmup < 1 else self.warmup
+        if step + 1 < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step + 1 - warmup) / max(1.0, steps - warmup))
+        return self.final + (1 - self.final) * self.decay(progress)
+
+    def decay(self, progress: float) -> float:
+        """From 1 at progress 0 to 0 at progress 1."""
+        raise NotImplementedError
+
+
+class CosineConfig(ScheduleConfig):
+    """Half a cosine (Loshchilov & Hutter, 1608.03983)."""
+
+    kind: str = "cosine"
+
+    def decay(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LinearConfig(ScheduleConfig):
+    """A straight line."""
+
+    kind: str = "linear"
+
+    def decay(self, progress: float) -> float:
+        return 1 - progress
+
+
+class ConstantConfig(ScheduleConfig):
+    """No decay after the warmup."""
+
+    kind: str = "constant"
+
+    def decay(self, progress: float) -> float:
+        return 1.0
+
+
+OPTIMIZERS = Kinds("optimizer", {"adamw": "mm.train.config:AdamWConfig"})
+SCHEDULES = Kinds(
+    "schedule",
+    {name: f"mm.train.config:{name.title()}Config" for name in ("cosine", "linear", "constant")},
+)
+
+
+class ParamRule(Section):
+    """Settings for the parameters whose whole name matches. Later rules override earlier ones, field by field."""
+
+    match: str
+    """A regular expression for whole parameter names: `vision.*`, `.*bias`. One that matches nothing is an error."""
+    freeze: bool | None = None
+    """Do not train these."""
+    lr_scale: Number | None = None
+    """Multiplies the learning rate."""
+    weight_decay: Number | None = None
+    """Replaces the optimizer's."""
+
+    @field_validator("match")
+    @classmethod
+    def _is_a_pattern(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        return match
+
+
+class TrainConfig(Section):
+    """The optimization, and what is written while it runs."""
+
+    max_steps: Count | None = Field(default=None, ge=1)
+    """Optimizer steps in all. Give this or `epochs`."""
+    epochs: Number | None = Field(default=None, gt=0)
+    """Passes over the packed training set (each visit that it holds is one)."""
+    batch_tokens: Count = Field(default=65536, ge=1)
+    """Tokens of a step, rounded down to whole rows of `data.context_length`."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Rows in one forward and backward pass; the rest of the step is accumulated. It changes memory, not results."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast over float32 weights."""
+    device: str = "auto"
+    """`auto`: the GPU if there is one, else the CPU."""
+    optimizer: Annotated[KindSection, OPTIMIZERS] = AdamWConfig()
+    schedule: Annotated[KindSection, SCHEDULES] = CosineConfig()
+    params: list[ParamRule] = []
+    """Freezing, learning rates and decay by name, in order: `[{match: "vision.*", freeze: true}]`."""
+    clip_norm: Number | None = Field(default=1.0, gt=0)
+    """Scale gradients down to this global norm; null: do not."""
+    log_every: Count = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    save_every: Count = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Count = Field(default=2, ge=1)
+    """Checkpoints that are kept, newest first."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out data."""
+
+    every: Count = Field(default=0, ge=0)
+    """Steps between evaluations on `data.validation`; 0: none."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Rows in one forward pass."""
+    candidates: int = Field(default=32, ge=0)
+    """Matching: the true caption among so many, over `data.test`; 0: leave it out. Chance is 1 in `candidates`."""
+    samples: int = Field(default=24, ge=0)
+    """Test pictures that are captioned for the report."""
+
+
+class Run(Protocol):
+    """The sections that a run is made of; `mm.config.RunConfig` is one."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def evaluation(self) -> EvaluationConfig: ...
+    def resolved(self) -> dict[str, Any]: ...

@@ -1,0 +1,276 @@
+"""What was learned, measured on held-out pictures.
+
+- caption loss: nats per learned token, against the unigram baseline and against the same model with the pictures swapped;
+- matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
+  log p(caption | other pictures), which takes away that some captions are likely for any picture.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.data.batch import IGNORE, MODALITIES, MediaBatch, PackedBatch, collate
+from mm.data.layout import Layout
+from mm.data.loader import one_pass
+from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
+from mm.data.sample import Media, keyed_rng
+from mm.models.generate import generate
+from mm.models.system import GenerativeSystem
+
+Autocast = Callable[[], Any]
+UNIGRAM_PACKS = 2000
+
+
+@torch.no_grad()
+def caption_loss(
+    system: GenerativeSystem, batches: Iterable[PackedBatch], autocast: Autocast, shuffled: bool = False
+) -> float:
+    """Mean loss per learned token over all batches. `shuffled`: each picture's pixels go to the next one's place."""
+    total, count = 0.0, 0
+    device = next(system.parameters()).device
+    for batch in batches:
+        batch = batch.to(device)
+        if shuffled:
+            batch = replace(batch, media={name: _swapped(media) for name, media in batch.media.items()})
+        with autocast():
+            output = system(batch)
+        total += float(output.losses["next_token"])
+        count += int(output.counts["next_token"])
+    return total / max(count, 1)
+
+
+def _swapped(media: MediaBatch) -> MediaBatch:
+    """Every item with its neighbour's content. Items must have one shape."""
+    values = media.stacked().roll(1, 0)
+    return replace(media, values=values.flatten())
+
+
+def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
+    """The targets in some packs, [n] int32; reads no media beyond their bytes."""
+    found = []
+    for number in packs:
+        pack = dataset.read(number)
+        found += [pack.tokens[max(a, s.start + 1) : b] for s in pack.segments for a, b in s.loss]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
+
+
+def unigram_loss(train: PackedDataset, held_out: PackedDataset, vocabulary: int) -> float:
+    """Nats per learned token of the best model without context: token frequencies of (up to 2,000 packs of) the training
+    set, one added to each count."""
+    step = max(1, math.ceil(len(train) / UNIGRAM_PACKS))
+    counts = np.bincount(learned_tokens(train, range(0, len(train), step)), minlength=vocabulary) + 1.0
+    logs = np.log(counts / counts.sum())
+    return float(-logs[learned_tokens(held_out, range(len(held_out)))].mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """A test picture with one caption: what precedes the caption, and its tokens."""
+
+    id: str
+    media: PackedMedia
+    before: np.ndarray
+    """int32: everything up to the caption, placeholders included."""
+    caption: np.ndarray
+
+
+def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Captioned]]:
+    """Every picture of a split once, by prompt (so by language).
+
+    Where a picture has captions under several prompts, pictures are dealt to the prompts in turn in a seeded order.
+    """
+    by_picture: dict[str, dict[bytes, Captioned]] = defaultdict(dict)
+    for number in range(len(dataset)):
+        pack = dataset.read(number)
+        media = defaultdict(list)
+        for one in pack.media:
+            media[one.segment].append(one)
+        for index, segment in enumerate(pack.segments):
+            if len(media[index]) != 1 or len(segment.loss) != 1:
+                continue
+            start, stop = segment.loss[0]
+            tokens = pack.tokens[segment.start : segment.start + segment.length]
+            before, caption = tokens[: start - segment.start], tokens[start - segment.start : stop - segment.start]
+            one = replace(media[index][0], position=media[index][0].position - segment.start)
+            picture = segment.id.split("#")[0]
+            by_picture[picture][before.tobytes()] = Captioned(segment.id, one, before, caption)
+    prompts = sorted({prompt for options in by_picture.values() for prompt in options})
+    dealt: dict[bytes, list[Captioned]] = {prompt: [] for prompt in prompts}
+    pictures = sorted(by_picture)
+    for place, index in enumerate(keyed_rng(seed, "matching").permutation(len(pictures)).tolist()):
+        options = by_picture[pictures[index]]
+        turn = [prompts[(place + k) % len(prompts)] for k in range(len(prompts))]
+        prompt = next(prompt for prompt in turn if prompt in options)
+        dealt[prompt].append(options[prompt])
+    return dealt
+
+
+@torch.no_grad()
+def encode_pictures(
+    system: GenerativeSystem, layout: Layout, items: list[Captioned], autocast: Autocast, chunk: int = 64
+) -> Tensor:
+    """[N, T, D] features of the items' pictures."""
+    device = next(system.parameters()).device
+    features = []
+    for start in range(0, len(items), chunk):
+        packs = [
+            Pack(item.before, (PackedSegment(item.id, "", 0, len(item.before), ()),), (replace(item.media, segment=0),))
+            for item in items[start : start + chunk]
+        ]
+        batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(device)
+        with autocast():
+            found = system.encode("image", batch.media["image"])
+        features.append(found.view(len(packs), -1, found.shape[-1]).float())
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def caption_scores(
+    system: GenerativeSystem,
+    items: list[Captioned],
+    features: Tensor,
+    autocast: Autocast,
+    row_tokens: int = 8192,
+    stop: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """float64 [N, N]: log p(caption j | picture i, prompt). All items must have one prompt. Scored in packed rows."""
+    scores = np.empty((len(items), len(items)))
+    longest = max(len(item.before) + len(item.caption) for item in items)
+    chunk = max(1, row_tokens // longest)
+    pairs = [(i, j) for i in range(len(items)) for j in range(len(items))]
+    for start in range(0, len(pairs), chunk):
+        stop()
+        part = pairs[start : start + chunk]
+        batch = _pair_batch(items, features, part)
+        with autocast():
+            losses = system.token_losses(batch).double()
+        segment = (batch.segment_ids[batch.labels != IGNORE] - 1).long()
+        sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device).index_add_(0, segment, losses)
+        for (i, j), loss in zip(part, sums.tolist(), strict=True):
+            scores[i, j] = -loss
+    return scores
+
+
+def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int, int]]) -> PackedBatch:
+    """One row with a segment per (picture i, caption j); picture features are given, so no tower runs."""
+    texts = [np.concatenate([items[i].before, items[j].caption]) for i, j in pairs]
+    lengths = np.array([len(text) for text in texts])
+    starts = np.cumsum(lengths) - lengths
+    ids = np.concatenate(texts).astype(np.int64)
+    segments = np.repeat(np.arange(1, len(pairs) + 1), lengths)
+    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    before = np.array([len(items[i].before) for i, _ in pairs])
+    learned = positions >= np.repeat(before, lengths)
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(learned[1:], ids[1:], IGNORE)
+    modality = np.full(len(ids), MODALITIES["text"], dtype=np.uint8)
+    media = [items[i].media for i, _ in pairs]
+    position = torch.from_numpy(starts + [one.position for one in media])
+    length = torch.tensor([one.length for one in media])
+    device = features.device
+    empty = torch.empty(0)
+    image = MediaBatch(
+        values=empty,
+        shapes=torch.empty(len(pairs), 3, dtype=torch.int64),
+        offsets=torch.zeros(len(pairs) + 1, dtype=torch.int64),
+        row=torch.zeros(len(pairs), dtype=torch.int64),
+        position=position,
+        length=length,
+        cost=torch.tensor([one.cost for one in media]),
+    ).to(device)
+    image = replace(image, features=features[[i for i, _ in pairs]].flatten(0, 1))
+    rows = (torch.from_numpy(x)[None] for x in (ids, labels, segments.astype(np.int32), positions, modality))
+    return PackedBatch(*(row.to(device) for row in rows), media={"image": image}, ids=[])  # type: ignore[arg-type]
+
+
+def match(scores: np.ndarray, items: list[Captioned], candidates: int, seed: int) -> tuple[int, int]:
+    """How many pictures pick their own caption among seeded candidates: (plain, less the captions' prior).
+
+    scores: [N, N] log p(caption j | picture i). The prior of caption j for picture i is its mean probability under all
+    other pictures. Captions equal to the true one are never its rivals.
+    """
+    plain = calibrated = 0
+    for i, item in enumerate(items):
+        rivals = [j for j, other in enumerate(items) if not np.array_equal(other.caption, item.caption)]
+        drawn = keyed_rng(seed, "candidates", item.id).permutation(rivals)[: candidates - 1]
+        among = np.array([i, *drawn], dtype=int)
+        others = np.delete(scores[:, among], i, axis=0)
+        prior = np.logaddexp.reduce(others, axis=0) - math.log(len(others))
+        plain += int(np.argmax(scores[i, among]) == 0)
+        calibrated += int(np.argmax(scores[i, among] - prior) == 0)
+    return plain, calibrated
+
+
+def final_evaluation(
+    system: GenerativeSystem,
+    layout: Layout,
+    train: PackedDataset,
+    test: PackedDataset,
+    *,
+    micro_batch: int,
+    candidates: int,
+    isolate_segments: bool,
+    quarantine: bool,
+    seed: int,
+    autocast: Autocast,
+    stop: Callable[[], None],
+) -> dict[str, Any]:
+    """Everything that `eval.json` holds. `stop` is called between batches and may raise."""
+    system.eval()
+
+    def batches() -> Iterable[PackedBatch]:
+        for batch in one_pass(test, layout, micro_batch, isolate_segments, quarantine):
+            stop()
+            yield batch
+
+    result: dict[str, Any] = {
+        "caption_loss": caption_loss(system, batches(), autocast),
+        "unigram_loss": unigram_loss(train, test, len(layout.tokenizer)),
+        "shuffled_loss": caption_loss(system, batches(), autocast, shuffled=True),
+        "test_tokens": len(learned_tokens(test, range(len(test)))),
+    }
+    if candidates:
+        groups = {prompt: items for prompt, items in captioned_pictures(test, seed).items() if items}
+        candidates = min(candidates, *(len(items) for items in groups.values()))
+        plain = calibrated = total = 0
+        for items in groups.values():
+            features = encode_pictures(system, layout, items, autocast)
+            hits = match(caption_scores(system, items, features, autocast, stop=stop), items, candidates, seed)
+            plain, calibrated, total = plain + hits[0], calibrated + hits[1], total + len(items)
+        result |= {
+            "match_accuracy": calibrated / total,
+            "match_accuracy_plain": plain / total,
+            "match_candidates": candidates,
+            "match_chance": 1 / candidates,
+            "test_items": total,
+        }
+    system.train()
+    return result
+
+
+def caption_samples(
+    system: GenerativeSystem, layout: Layout, test: PackedDataset, count: int, seed: int
+) -> list[tuple[dict[str, str], Media]]:
+    """Generated captions of some test pictures, with the true ones."""
+    groups = captioned_pictures(test, seed)
+    shares = {prompt: items[: math.ceil(count / max(1, len(groups)))] for prompt, items in groups.items()}
+    found = []
+    for items in shares.values():
+        if not items:
+            continue
+        # The prompt's text is what follows the placeholders; the template's own break is put back by `generate`.
+        first = items[0]
+        text = layout.tokenizer.decode(first.before[first.media.position + first.media.length :].tolist())
+        prompt = text.removeprefix(layout.template.after_media)
+        pictures = [Media("image", item.media.data, item.media.ext) for item in items]
+        written = generate(system, layout, pictures, prompt, max_new_tokens=48)
+        for item, picture, caption in zip(items, pictures, written, strict=True):
+            true = layout.tokenizer.decode(item.caption.tolist())
+            found.append(({"id": item.id, "prompt": prompt.strip(), "true": true, "generated": caption}, picture))
+    return found[:count]
