@@ -35,14 +35,16 @@ def train(args: argparse.Namespace) -> Result:
 
 def pack(args: argparse.Namespace) -> Result:
     from mm.config import load_config
-    from mm.data.prepare import SPLITS, pack_split
     from mm.data.packed import PackedDataset
+    from mm.data.prepare import SPLITS, pack_split
     from mm.display import Display
 
     config = load_config(args.config, args.overrides)
     if config.data.packed is not None:
-        raise ConfigError(f"{args.config}: data.packed is set: this config reads a packed set; give data.sources to pack")
-    layout = config.model.layout()  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{args.config}: data.packed is set: this config reads a packed set; give data.sources to pack"
+        )
+    layout = config.model.layout()
     packed: Result = {}
     for split in SPLITS:
         if config.data.split(split):
@@ -51,14 +53,17 @@ def pack(args: argparse.Namespace) -> Result:
                 folder = pack_split(config.data, split, layout, config.seed, out, display.packing)
             about = PackedDataset(folder).about
             packed[split] = {"folder": str(folder), **{k: about[k] for k in ("packs", "tokens", "fill")}}
-            say(args, f"{split}: {about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full: {folder}")
+            say(
+                args,
+                f"{split}: {about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full: {folder}",
+            )
     return packed
 
 
 def inspect(args: argparse.Namespace) -> Result:
     from mm.data.inspect import inspect_page, summary
     from mm.data.packed import PackedDataset
-    from mm.data.tokens import Tokenizer
+    from mm.data.tokenizer import Tokenizer
 
     dataset = PackedDataset(Path(args.data))
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
@@ -151,7 +156,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mm", description="Train multimodal models from configs; pack data sets; look at both.")
     parser.add_argument("--version", action="version", version=f"mm {__version__}")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -76,7 +76,11 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         "data.packed",
         "contradicts data.sources, data.validation or data.test: give raw shards or a packed set, not both",
     )
-    rule(data.packed is None and not data.sources, "data.sources", "nothing to train on: give sources, or data.packed")
+    rule(
+        data.packed is None and not data.sources,
+        "data.sources",
+        "nothing to train on: give sources, or data.packed",
+    )
     rule(
         (train.max_steps is None) == (train.epochs is None),
         "train.max_steps",
@@ -105,11 +109,11 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
     )
     tokens = getattr(getattr(config.model, "connector", None), "tokens", None)
     if tokens is not None:
-        patches = config.model.vision.patches  # type: ignore[attr-defined]
+        patches = config.model.vision.patches
         rule(
             tokens > patches,
             "model.connector.tokens",
-            f"{tokens} is more than the {patches} patches of model.vision at {config.model.vision.image_size} pixels",  # type: ignore[attr-defined]
+            f"{tokens} is more than the {patches} patches of model.vision at {config.model.vision.image_size} pixels",
         )
         rule(
             tokens >= data.context_length,
@@ -126,7 +130,10 @@ def json_schema() -> dict[str, Any]:
     for section in (schema, *schema["$defs"].values()):
         if "kind" not in section.get("required", ()):
             section.pop("required", None)
-    schema["properties"]["extends"] = {"type": "string", "description": "A file to start from, relative to this one."}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A file to start from, relative to this one.",
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -164,14 +171,16 @@ def _plain(node: yaml.Node, path: Path, keys: Keys, origins: dict[Keys, str]) ->
         for key_node, value_node in node.value:
             key = str(key_node.value)
             if key in values:
-                raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: {_dotted((*keys, key))}: set twice in this file")
+                raise ConfigError(
+                    f"{path}:{key_node.start_mark.line + 1}: {_dotted((*keys, key))}: set twice in this file"
+                )
             values[key] = _plain(value_node, path, (*keys, key), origins)
             origins[(*keys, key)] = f"{path}:{key_node.start_mark.line + 1}"
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_plain(one, path, (*keys, index), origins) for index, one in enumerate(node.value)]
     try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{origins[keys]}: {_dotted(keys)}: {error}") from None
 
@@ -200,7 +209,9 @@ def _override(tree: dict[str, Any], origins: dict[Keys, str], text: str) -> None
         last = index == len(parts) - 1
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
-                raise ConfigError(f"{text!r}: {_dotted(tuple(keys))} is a list of {len(at)}; expected a number below that")
+                raise ConfigError(
+                    f"{text!r}: {_dotted(tuple(keys))} is a list of {len(at)}; expected a number below that"
+                )
             step: str | int = int(part)
             there = at[int(part)]
         elif isinstance(at, dict):

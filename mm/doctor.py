@@ -20,7 +20,11 @@ REINSTALL = "reinstall both together: pip install --force-reinstall torch torchv
 def diagnose() -> dict[str, Any]:
     """`{"packages": {name: version or None}, "machine": {…}, "problems": [line, …]}`."""
     packages = {name: _version(name) for name in PACKAGES}
-    problems = [f"{name} is not installed; run `make setup`" for name, v in packages.items() if v is None and name not in OPTIONAL]
+    problems = [
+        f"{name} is not installed; run `make setup`"
+        for name, v in packages.items()
+        if v is None and name not in OPTIONAL
+    ]
     problems += torch_mismatch(packages["torch"], packages["torchvision"], _wanted_torch())
     machine: dict[str, Any] = {
         "python": platform.python_version(),
@@ -56,7 +60,7 @@ def torch_mismatch(torch: str | None, torchvision: str | None, wanted: str | Non
     if "+cpu" in torch and "+cpu" not in torchvision:
         return [
             f"torch {torch} is a CPU-only build, but torchvision {torchvision} is PyPI's and needs the ordinary one "
-            f"(\"operator torchvision::nms does not exist\"); {REINSTALL}"
+            f'("operator torchvision::nms does not exist"); {REINSTALL}'
         ]
     return []
 

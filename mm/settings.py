@@ -33,12 +33,8 @@ def parse_number(value: Any) -> Any:
 
 
 NUMBER_TEXT = {"type": "string", "pattern": r"^[-+]?[\d_.]+([eE][-+]?\d+)?[%kKMGBT]?$"}
-Count = Annotated[
-    int, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "integer"}, NUMBER_TEXT]})
-]
-Number = Annotated[
-    float, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "number"}, NUMBER_TEXT]})
-]
+Count = Annotated[int, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "integer"}, NUMBER_TEXT]})]
+Number = Annotated[float, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "number"}, NUMBER_TEXT]})]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -74,7 +70,7 @@ class KindSection(Section):
 
 
 class Kinds:
-    """The kinds of one part: `Annotated[KindSection, Kinds("optimizer", {"adamw": "mm.train.optim:AdamWConfig"})]`."""
+    """The kinds of one part: `Annotated[Any, Kinds("optimizer", {"adamw": "mm.train.optim:AdamWConfig"})]`."""
 
     def __init__(self, what: str, names: dict[str, str]) -> None:
         self.what = what
@@ -113,7 +109,12 @@ class Kinds:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         known = [
-            {"allOf": [handler(self.resolve(name).__pydantic_core_schema__), {"properties": {"kind": {"const": name}}}]}
+            {
+                "allOf": [
+                    handler(self.resolve(name).__pydantic_core_schema__),
+                    {"properties": {"kind": {"const": name}}},
+                ]
+            }
             for name in self.names
         ]
         own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": r"^[\w.]+:\w+$"}}}

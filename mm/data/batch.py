@@ -33,7 +33,9 @@ class _Tensors:
         def apply(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: apply(one) for key, one in value.items()}
-            return change(value) if isinstance(value, Tensor) else value._each(change) if isinstance(value, _Tensors) else value
+            if isinstance(value, _Tensors):
+                return value._each(change)
+            return change(value) if isinstance(value, Tensor) else value
 
         changed = {field.name: apply(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
         return replace(self, **changed)  # type: ignore[type-var]
@@ -109,8 +111,8 @@ def collate(
 ) -> PackedBatch:
     """Decode media and lay packs out as rows.
 
-    A damaged picture raises `DataError`, or with `quarantine` becomes zeros in a segment without loss, in place, so that
-    the order of the data never shifts.
+    A damaged picture raises `DataError`, or with `quarantine` becomes zeros in a segment without loss, in place, so
+    that the order of the data never shifts.
     """
     shape = (len(packs), row_length)
     ids = np.full(shape, layout.pad, dtype=np.int64)
@@ -123,7 +125,7 @@ def collate(
     for row, pack in enumerate(packs):
         n = len(pack.tokens)
         if n > row_length:
-            raise DataError(f"a pack of {n} tokens does not fit in rows of {row_length}")
+            raise DataError(f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {row_length}")
         ids[row, :n] = pack.tokens
         positions[row, :n] = np.arange(n)
         for number, segment in enumerate(pack.segments):

@@ -31,13 +31,15 @@ class DataConfig(Section):
     visits: Count = Field(default=1, ge=1)
     """How often the packed set holds each training sample, each time with another of its captions."""
     isolate_segments: bool = True
-    """Attention stays inside a sample. `false` as Open-Qwen2VL was trained: samples see those before them in the row."""
+    """Attention stays inside a sample. `false`, as Open-Qwen2VL was trained: it reaches what stands before it in the
+    row, too."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a sample longer than a row."""
+    """What to do with a sample longer than a row, or over a budget. It does not count for `max_bad_fraction`."""
     max_bad_fraction: Number = Field(default=0.0, ge=0, le=1)
-    """Unreadable samples are left out and counted up to this share; beyond it the run ends. 0: the first one ends it."""
-    max_pixels: Count = Field(default=100_000_000, ge=1)
-    """Pictures with more pixels are bad samples."""
+    """Unreadable samples are left out and counted up to this share of a source; beyond it the run ends. 0: the first
+    one ends it. A shard that is not a whole tar always does."""
+    max_pixels: Count = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Pictures with more pixels are bad samples. Pillow opens none beyond the upper limit."""
     workers: int = Field(default=1, ge=0)
     """Processes that read and decode during training. Any number gives the same order."""
     cache: Path = Path("~/.cache/mm")

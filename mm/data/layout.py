@@ -1,8 +1,8 @@
 """Layout: all that data must know of a model, without importing it.
 
 A system's config returns one (`config.layout()`). Its fingerprint names the packed sets that fit the model: tokenizer,
-template and the positions that media take. Pixel size and normalisation are left out of it, because packed sets keep the
-original bytes.
+template and the positions that media take. Pixel size and normalisation are left out of it, because packed sets keep
+the original bytes.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mm.data.media import ImageHeader, ImageTransform
-from mm.data.tokens import Tokenizer
+from mm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

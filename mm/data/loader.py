@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mm.data.batch import PackedBatch, collate
 from mm.data.layout import Layout
 from mm.data.packed import PackedDataset
 from mm.data.sample import keyed_rng
+from mm.errors import DataError
 
 
 class PackOrder:
@@ -45,8 +47,11 @@ class PackOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows(Dataset[PackedBatch]):
-    """Reads, decodes and collates the packs at a list of positions; runs in a worker."""
+class _Rows(Dataset[PackedBatch | DataError]):
+    """Reads, decodes and collates the packs at some positions; runs in a worker.
+
+    Damaged data come back as the error itself: raised in a worker it would arrive as a traceback in many lines.
+    """
 
     dataset: PackedDataset
     order: PackOrder | np.ndarray
@@ -55,9 +60,12 @@ class _Rows(Dataset[PackedBatch]):
     isolate_segments: bool
     quarantine: bool
 
-    def __getitem__(self, positions: Any) -> PackedBatch:
-        packs = [self.dataset.read(int(self.order[position])) for position in positions]
-        return collate(packs, self.layout, self.row_length, self.isolate_segments, self.quarantine)
+    def __getitem__(self, positions: Any) -> PackedBatch | DataError:
+        try:
+            packs = [self.dataset.read(int(self.order[position])) for position in positions]
+            return collate(packs, self.layout, self.row_length, self.isolate_segments, self.quarantine)
+        except DataError as error:
+            return error
 
 
 class PackedLoader:
@@ -101,19 +109,22 @@ class PackedLoader:
         self.consumed = state["consumed"]
 
     def batches(self, count: int) -> Iterator[PackedBatch]:
-        """The next `count` batches. `consumed` advances when a batch has been handed out, not when it was prefetched."""
+        """The next `count` batches. `consumed` counts what has been handed out, not what was read ahead."""
         start = self.consumed
         positions = [range(start + i * self._rows, start + (i + 1) * self._rows) for i in range(count)]
-        loader: DataLoader[PackedBatch] = DataLoader(
+        loader: DataLoader[PackedBatch | DataError] = DataLoader(
             self._source,
-            sampler=positions,  # type: ignore[arg-type]  # an "index" is a range of positions: one whole batch
+            sampler=positions,  # an "index" is a range of positions: one whole batch
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,
             worker_init_fn=_leave_ctrl_c_to_the_trainer,
             pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # else starting would draw from torch's global one
         )
         for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
             self.consumed += self._rows
             yield batch
 
@@ -130,4 +141,7 @@ def one_pass(
     row_length = dataset.about["settings"]["context_length"]
     source = _Rows(dataset, order, layout, row_length, isolate_segments, quarantine)
     for start in range(0, len(order), rows):
-        yield source[range(start, min(start + rows, len(order)))]
+        batch = source[range(start, min(start + rows, len(order)))]
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mm.errors import DataError
 
@@ -43,6 +43,8 @@ def _open(data: bytes, where: str) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"])
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}") from None
+    except UnidentifiedImageError:  # its text is a memory address, another one every time
+        raise DataError(f"{where}: not a readable jpg, png or webp picture") from None
     except Exception as error:
         raise DataError(f"{where}: not a readable jpg, png or webp picture ({error})") from None
 

@@ -1,10 +1,11 @@
 """The plan: which samples make which pack, decided on metadata alone and kept as a file.
 
-Every split is scanned once per set of shards (media headers and tokenisation, no decoding), and the samples of one visit
-of one source are packed globally, best fit decreasing, under all budgets. The plan refers to samples by tar byte ranges;
-what it counts is a contract that writing and loading are held to.
+Every split is scanned once per set of shards (media headers and tokenisation, no decoding), and the samples of one
+visit of one source are packed globally, best fit decreasing, under all budgets. The plan refers to samples by tar byte
+ranges; what it counts is a contract that writing and loading are held to.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ import pyarrow.parquet as pq
 from mm.data.layout import Layout
 from mm.data.pack import best_fit_decreasing
 from mm.data.sample import Sample, keyed_rng
-from mm.data.shards import Group, Member, Shard
-from mm.data.sources import Source, scan
+from mm.data.shards import Group, Member, Shard, stem
+from mm.data.sources import Source, sample_id, scan
 from mm.data.tokens import Segment, make_segment
 from mm.errors import DataError
 
@@ -48,7 +49,10 @@ SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("key", pa.string()),
         ("piece", pa.int32()),
-        ("members", pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
+        (
+            "members",
+            pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
+        ),
         ("tokens", pa.int32()),
         ("loss_tokens", pa.int32()),
         ("image", pa.int32()),
@@ -60,7 +64,11 @@ SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class Plan:
-    """`table` has a row per segment, sorted by pack (SCHEMA). `ledger` is by source name; `bad` is (id, reason)."""
+    """`table` has a row per segment, sorted by pack (SCHEMA); `bad` is (id, reason).
+
+    `ledger` has by source name, over all visits: visits x (samples - quarantined) = segments + too_long, and
+    segment_tokens = text_tokens + image_tokens = loss_tokens + masked_tokens.
+    """
 
     table: pa.Table
     ledger: dict[str, dict[str, int]]
@@ -80,7 +88,10 @@ def segment_of(sample: Sample, layout: Layout, settings: PackSettings, visit: in
 
 
 def make_plan(
-    sources: Iterable[Source], layout: Layout, settings: PackSettings, progress: Progress = lambda what, n: None
+    sources: Iterable[Source],
+    layout: Layout,
+    settings: PackSettings,
+    progress: Progress = lambda what, n: None,
 ) -> Plan:
     """Scan the sources and pack them.
 
@@ -99,7 +110,7 @@ def make_plan(
         for visit in range(settings.visits):
             of_visit = [row for row in found if row["visit"] == visit]
             packs = _pack(of_visit, settings, first_pack)
-            first_pack = int(packs.max()) + 1
+            first_pack = int(packs.max(initial=first_pack - 1)) + 1
             # Inside a pack samples stand in a drawn order, so that a row does not open with its longest sample.
             shuffled = keyed_rng(settings.seed, "order in packs", source.name, visit).permutation(len(of_visit))
             for index in shuffled[np.argsort(packs[shuffled], kind="stable")].tolist():
@@ -115,13 +126,20 @@ def _scan_source(
     bad: list[tuple[str, str]],
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Plan rows (without packs) of one source for all visits, and its counts. The first error is raised if none may be."""
+    """Plan rows (without packs) of one source for all visits, and its counts."""
     rows: list[dict[str, Any]] = []
     counts = dict.fromkeys(
         ("samples", "quarantined", "too_long", "too_long_tokens", "segments", "segment_tokens", "image", "image_tokens",
          "text_tokens", "loss_tokens", "masked_tokens"), 0,
     )  # fmt: skip
     shards = source.shards()
+    name, times = Counter(map(stem, shards)).most_common(1)[0]
+    if times > 1:
+        raise DataError(
+            f"source {source.name}: {times} shards are called {name}, so their samples would have the same ids; "
+            "make each folder a data source of its own, with a `name`"
+        )
+    first_bad = len(bad)
     for path in shards:
         with Shard(path) as shard:
             for group, samples in scan(source, shard.groups()):
@@ -139,14 +157,14 @@ def _scan_source(
                         raise
                     counts["samples"] += 1
                     counts["quarantined"] += 1
-                    bad.append((f"{source.name}/{path.name}/{group.key}", str(error)))
+                    bad.append((sample_id(source.name, group), str(error)))
                     continue
                 rows += [row for row in new if _fits(row, settings, counts, path)]
                 progress(f"scanning {source.name}", counts["samples"])
     if counts["quarantined"] > settings.max_bad_fraction * counts["samples"]:
         raise DataError(
             f"source {source.name}: {counts['quarantined']} of {counts['samples']} samples are unusable, more than "
-            f"data.max_bad_fraction = {settings.max_bad_fraction:g}; the first: {bad[0][1]}"
+            f"data.max_bad_fraction = {settings.max_bad_fraction:g}; the first: {bad[first_bad][1]}"
         )
     if not rows:
         raise DataError(f"source {source.name}: no usable sample in {len(shards)} shard(s), the first {shards[0]}")
@@ -198,7 +216,7 @@ def _fits(row: dict[str, Any], settings: PackSettings, counts: dict[str, int], p
 
 def _pack(rows: list[dict[str, Any]], settings: PackSettings, first: int) -> np.ndarray:
     names = ["tokens", *settings.budgets]
-    costs = np.array([[row[name] for name in names] for row in rows], dtype=np.int64)
+    costs = np.array([[row[name] for name in names] for row in rows], dtype=np.int64).reshape(len(rows), len(names))
     return first + best_fit_decreasing(costs, [settings.context_length, *settings.budgets.values()])
 
 

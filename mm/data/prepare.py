@@ -6,6 +6,7 @@ size, time), settings, layout, format. A set that the config itself names is use
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ def pack_settings(data: DataConfig, split: Split, seed: int) -> PackSettings:
     """Held-out data are visited once; everything else is the run's."""
     return PackSettings(
         context_length=data.context_length,
-        budgets=dict(data.budgets),
+        budgets={name: most for name, most in data.budgets.items()},
         visits=data.visits if split == "train" else 1,
         seed=seed,
         too_long=data.too_long,
@@ -40,19 +41,26 @@ def pack_split(
     progress: Progress = lambda what, n: None,
 ) -> Path:
     """Pack one split into `out`, or into the cache when `out` is None, unless the very same set is there already."""
-    sources = [config.build(data.root) for config in data.split(split)]  # type: ignore[attr-defined]
+    sources = [config.build(data.root) for config in data.split(split)]
     settings = pack_settings(data, split, seed)
-    provenance = {
-        "sources": [config.model_dump(mode="json") for config in data.split(split)],
-        "shards": [_identity(path) for source in sources for path in source.shards()],
-    }
-    fingerprint = _digest([FORMAT_VERSION, layout.describe(), settings.__repr__(), provenance])
+    configs = [config.model_dump(mode="json") for config in data.split(split)]
+    shards = [path for source in sources for path in source.shards()]
+    identities = [_identity(path) for path in shards]
+    fingerprint = _digest([FORMAT_VERSION, layout.describe(), asdict(settings), configs, identities])
     folder = out or data.cache.expanduser() / "packed" / f"{split}-{fingerprint}"
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         if PackedDataset(folder).about["provenance"].get("fingerprint") != fingerprint:
-            raise DataError(f"{folder}: holds a set packed from other shards or settings; choose another --out or remove it")
+            raise DataError(
+                f"{folder}: holds a set packed from other shards or settings; choose another --out or remove it"
+            )
         return folder
-    write_packed(folder, sources, layout, settings, {**provenance, "fingerprint": fingerprint}, progress)
+    # What the set was made of, without where that happened to lie: names and sizes, not folders and times.
+    provenance = {
+        "sources": configs,
+        "shards": [{"name": path.name, "bytes": path.stat().st_size} for path in shards],
+        "fingerprint": fingerprint,
+    }
+    write_packed(folder, sources, layout, settings, provenance, progress)
     return folder
 
 
@@ -63,14 +71,17 @@ def open_splits(
     if data.packed is not None:
         folders = {split: data.packed / split for split in SPLITS if (data.packed / split).exists()}
         if "train" not in folders:
-            raise DataError(f"{data.packed}: no packed training set ({data.packed / 'train'} is missing); see `mm pack`")
+            raise DataError(
+                f"{data.packed}: no packed training set ({data.packed / 'train'} is missing); see `mm pack`"
+            )
     else:
         folders = {
             split: pack_split(data, split, layout, seed, progress=progress) for split in SPLITS if data.split(split)
         }
     opened = {split: PackedDataset(folder) for split, folder in folders.items()}
+    settings = pack_settings(data, "train", seed)
     for dataset in opened.values():
-        dataset.require(layout, data.context_length)
+        dataset.require(layout, settings.context_length, settings.budgets)
     return opened
 
 

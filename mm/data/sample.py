@@ -1,7 +1,7 @@
 """A Sample: one document as an ordered list of parts, before any model has been chosen.
 
-Media stay encoded bytes here; nothing in this file decodes. A part may be a `Choice`: a picture with six captions is one
-sample whose text is drawn anew at every visit, so that the picture is stored once and seen with all of them.
+Media stay encoded bytes here; nothing in this file decodes. A part may be a `Choice`: a picture with six captions is
+one sample whose text is drawn anew at every visit, so that the picture is stored once and seen with all of them.
 """
 
 import hashlib
@@ -65,5 +65,6 @@ class Sample:
 
 def keyed_rng(*key: object) -> np.random.Generator:
     """A random generator that depends on the key alone: not on rank, worker, or what was drawn before."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) is written 3
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))

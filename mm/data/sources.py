@@ -5,9 +5,13 @@ nothing in it is run, and captions are only ever text.
 """
 
 import json
+import re
+import string
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import field_validator
 
 from mm.data.media import IMAGE_EXTENSIONS
 from mm.data.sample import Choice, Media, Sample, Text
@@ -15,7 +19,7 @@ from mm.data.shards import Group, expand
 from mm.errors import DataError
 from mm.settings import Kinds, KindSection
 
-MAX_JSON_BYTES = 8_000_000
+MAX_TEXT_BYTES = 8_000_000
 
 
 class Source(Protocol):
@@ -49,6 +53,14 @@ class CaptionsConfig(KindSection):
     captions: Literal["draw", "all"] = "draw"
     """`draw`: one of a picture's captions a visit; `all`: every caption is a sample of its own."""
 
+    @field_validator("caption", "prompt")
+    @classmethod
+    def _is_template(cls, template: str) -> str:
+        for _, field, _, _ in string.Formatter().parse(template):
+            if field == "":
+                raise ValueError("a field in braces needs a name: {text}; literal braces are doubled: {{ }}")
+        return template
+
     def build(self, root: str) -> "Captions":
         return Captions(self, root)
 
@@ -59,78 +71,96 @@ class Captions:
     def __init__(self, config: CaptionsConfig, root: str) -> None:
         self._config = config
         self._root = root
-        self.name = config.name or _folder_name(config.path)
+        self.name = config.name or _folder_name(config.path.replace("{root}", root))
 
     def shards(self) -> list[Path]:
         return expand(self._config.path, self._root)
 
     def samples(self, group: Group) -> list[Sample]:
-        stem = group.shard.path.name.split(".")[0]
-        id = f"{self.name}/{stem}/{group.key}"
+        id = sample_id(self.name, group)
+        where = f"{id} in {group.shard.path}"
         image = next((ext for ext in IMAGE_EXTENSIONS if ext in group.members), None)
         if image is None:
-            raise DataError(f"{id} in {group.shard.path}: no picture among {sorted(group.members)}; expected jpg, png or webp")
-        meta = self._meta(group, id)
-        captions = self._captions(group, id, meta)
+            raise DataError(f"{where}: no picture among {sorted(group.members)}; expected jpg, png or webp")
+        meta = _meta(group, where)
+        options = tuple(self._texts(caption, meta, where) for caption in _captions(group, meta, where))
         picture = Media("image", group.read(image), image)
-        options = tuple(self._texts(caption, meta, id) for caption in captions)
         if self._config.captions == "all" and len(options) > 1:
             return [Sample(f"{id}#{k}", (picture, *option), meta) for k, option in enumerate(options)]
         return [Sample(id, (picture, Choice(options)), meta)]
 
-    def _meta(self, group: Group, id: str) -> dict[str, Any]:
-        if "json" not in group.members:
-            return {}
-        if group.members["json"].size > MAX_JSON_BYTES:
-            raise DataError(f"{id} in {group.shard.path}: its JSON has {group.members['json'].size} bytes, over {MAX_JSON_BYTES}")
-        try:
-            meta = json.loads(group.read("json").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{id} in {group.shard.path}: its JSON is not UTF-8 (byte {error.start})") from None
-        except ValueError as error:
-            raise DataError(f"{id} in {group.shard.path}: its JSON cannot be read ({error})") from None
-        if not isinstance(meta, dict):
-            raise DataError(f"{id} in {group.shard.path}: its JSON is a {type(meta).__name__}, expected an object")
-        return meta
-
-    def _captions(self, group: Group, id: str, meta: dict[str, Any]) -> list[dict[str, Any]]:
-        found = meta.get("captions") or meta.get("caption")
-        if not found and "txt" in group.members:
-            try:
-                found = group.read("txt").decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{id} in {group.shard.path}: the caption is not UTF-8 (byte {error.start}); re-encode the .txt"
-                ) from None
-        listed = found if isinstance(found, list) else [found]
-        captions = [{"text": one} if isinstance(one, str) else one for one in listed]
-        if not found or not all(isinstance(one, dict) and str(one.get("text", "")).strip() for one in captions):
-            raise DataError(
-                f"{id} in {group.shard.path}: no caption; expected a .txt, or `caption` or `captions` in the .json"
-            )
-        return captions
-
-    def _texts(self, caption: dict[str, Any], meta: dict[str, Any], id: str) -> tuple[Text, ...]:
-        fields = {**meta, **caption}
+    def _texts(self, caption: dict[str, Any], meta: dict[str, Any], where: str) -> tuple[Text, ...]:
+        fields = {key: value for key, value in {**meta, **caption}.items() if value is not None}
         fields = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in fields.items()}
         try:
             prompt, text = self._config.prompt.format(**fields), self._config.caption.format(**fields)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{id}: data.sources caption or prompt template fails ({type(error).__name__}: {error}); "
+                f"{where}: the caption or prompt template of its data source fails ({type(error).__name__}: {error}); "
                 f"this caption has the fields {sorted(fields)}"
             ) from None
+        if not text.strip():
+            raise DataError(f"{where}: the caption is empty once the template {self._config.caption!r} is filled in")
+        if found := re.search("[\0\ud800-\udfff]", prompt + text):
+            raise DataError(
+                f"{where}: the caption holds U+{ord(found[0]):04X}, which is no text (is it UTF-16?); re-encode it"
+            )
         return (Text(prompt, loss=False), Text(text)) if prompt else (Text(text),)
 
 
+def sample_id(source: str, group: Group) -> str:
+    """How a sample is called from here on, and what it is called when it cannot be used."""
+    return f"{source}/{group.shard.stem}/{group.key}"
+
+
+def _read_text(group: Group, ext: str, where: str) -> str:
+    if group.members[ext].size > MAX_TEXT_BYTES:
+        raise DataError(f"{where}: its .{ext} has {group.members[ext].size} bytes, over {MAX_TEXT_BYTES}")
+    try:
+        return group.read(ext).decode("utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: its .{ext} is not UTF-8 (byte {error.start}); re-encode it") from None
+
+
+def _meta(group: Group, where: str) -> dict[str, Any]:
+    if "json" not in group.members:
+        return {}
+    try:
+        meta = json.loads(_read_text(group, "json", where))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: its JSON cannot be read ({error})") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{where}: its JSON is a {type(meta).__name__}, expected an object")
+    return meta
+
+
+def _captions(group: Group, meta: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The captions of a picture as objects with at least a `text` that says something."""
+    found = meta.get("captions") or meta.get("caption")
+    if not found and "txt" in group.members:
+        found = _read_text(group, "txt", where)
+    if not found:
+        raise DataError(f"{where}: no caption; expected a .txt, or `caption` or `captions` in the .json")
+    captions = []
+    for number, one in enumerate(found if isinstance(found, list) else [found]):
+        caption = one if isinstance(one, dict) else {"text": one}
+        text = caption.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: caption {number} is empty or not text; expected words, found {str(one)[:40]!r}")
+        captions.append({**caption, "text": text.strip()})
+    return captions
+
+
 def _folder_name(path: str) -> str:
+    """The innermost folder of a path that is spelt out, or else the file's own name."""
     if path.startswith("builtin:"):
         return path.removeprefix("builtin:").split("/")[0]
-    return Path(path).parent.name or Path(path).name.split(".")[0]
+    plain = [folder.name for folder in PurePosixPath(path).parents if not re.search(r"[*?\[{]", folder.name)]
+    return next(filter(None, plain), PurePosixPath(path).name.split(".")[0])
 
 
 SOURCES = Kinds("data source", {"captions": "mm.data.sources:CaptionsConfig"})
-SourceConfig = Annotated[KindSection, SOURCES]
+SourceConfig = Annotated[Any, SOURCES]
 
 
 def scan(source: Source, shard_groups: Iterator[Group]) -> Iterator[tuple[Group, list[Sample] | DataError]]:

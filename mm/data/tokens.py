@@ -1,89 +1,16 @@
-"""Tokenizers, and a Sample laid out as a Segment: token ids with placeholder runs where media go.
+"""A Sample laid out as a Segment: token ids, with placeholder runs where media go.
 
 The number of placeholder positions comes from the media header, so counting never decodes.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
-from mm.data import builtin
+from mm.data.layout import Layout
 from mm.data.media import probe_image
 from mm.data.sample import Media, MediaKind, Text
 from mm.errors import DataError
-
-if TYPE_CHECKING:
-    from mm.data.layout import Layout
-
-
-class Tokenizer:
-    """A `tokenizers` tokenizer by folder, hub name, or `builtin:NAME`; plain text only ever gives plain tokens.
-
-    A caption that happens to contain `<|im_end|>` is encoded as those characters, not as the special token.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
-        self.name = name
-        self._backend = backend
-        self._backend.encode_special_tokens = True
-        self._backend.no_padding()
-        self._backend.no_truncation()
-
-    @classmethod
-    def load(cls, name: str, added: tuple[str, ...] = ()) -> "Tokenizer":
-        """Load `tokenizer.json`; `added` are special tokens to append where the vocabulary lacks them."""
-        backend = tokenizers.Tokenizer.from_file(str(_tokenizer_file(name)))
-        missing = [token for token in added if backend.token_to_id(token) is None]
-        backend.add_special_tokens(missing)
-        return cls(backend, name)
-
-    def __len__(self) -> int:
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
-
-    def token(self, id: int) -> str:
-        return self._backend.decode([id], skip_special_tokens=False)
-
-    def id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
-        if found is None:
-            raise DataError(f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens")
-        return int(found)
-
-    def fingerprint(self) -> str:
-        """A digest of vocabulary, merges and rules: equal for equal tokenizers, whatever they are called."""
-        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True).encode()
-        return hashlib.sha256(canonical).hexdigest()[:16]
-
-
-def _tokenizer_file(name: str) -> Path:
-    if name.startswith("builtin:"):
-        try:
-            return builtin.folder(name.removeprefix("builtin:")) / "tokenizer" / "tokenizer.json"
-        except ValueError as error:
-            raise DataError(f"tokenizer {name}: {error}") from None
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"tokenizer {name}: the folder holds no tokenizer.json")
-        return folder / "tokenizer.json"
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "tokenizer.json"))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"tokenizer {name}: neither a folder here nor to be had from the hub ({reason})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +45,7 @@ class Segment:
 
 
 def make_segment(
-    parts: tuple[Text | Media, ...], layout: "Layout", where: str, max_pixels: int, closed: bool = True
+    parts: tuple[Text | Media, ...], layout: Layout, where: str, max_pixels: int, closed: bool = True
 ) -> Segment:
     """Lay out drawn parts by the layout's template: bos, then the parts in order, then eos (unless not `closed`).
 
@@ -142,13 +69,14 @@ def make_segment(
             start = len(ids)
             ids += layout.tokenizer.encode(part.text)
             trains = part.loss
-            if part.loss:
+            if part.loss and len(ids) > start:
                 loss.append((start, len(ids)))
     if closed:
+        end = len(ids)
         ids.append(layout.tokenizer.id(template.eos))
-    if closed and trains:
-        last = loss.pop() if loss else (len(ids) - 1, len(ids) - 1)
-        loss.append((last[0], len(ids)))
+        if trains:
+            start = loss.pop()[0] if loss and loss[-1][1] == end else end  # never across media that come last
+            loss.append((start, end + 1))
     return Segment(np.asarray(ids, dtype=np.int32), tuple(loss), tuple(media))
 
 

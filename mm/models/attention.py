@@ -100,7 +100,12 @@ def packing(segment_ids: Tensor, isolate_segments: bool = True, implementation: 
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention inside each scope.
 
@@ -118,7 +123,13 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | 
     for positions, real in packing.groups:
         part_q, part_k, part_v = (x[0][:, positions].transpose(0, 1) for x in (q, k, v))  # s h m d
         part = F.scaled_dot_product_attention(
-            part_q, part_k, part_v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            part_q,
+            part_k,
+            part_v,
+            is_causal=True,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         out = out.index_put((positions[real],), part.transpose(1, 2)[real])
     return out.transpose(0, 1)[None]

@@ -109,7 +109,7 @@ class LanguageConfig(Section):
 
 
 CONNECTORS = Kinds("connector", {"pool_mlp": "mm.models.config:PoolMLPConfig"})
-ConnectorConfig = Annotated[KindSection, CONNECTORS]
+ConnectorConfig = Annotated[Any, CONNECTORS]
 
 SYSTEMS = Kinds("model", {"open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig"})
-ModelConfig = Annotated[KindSection, SYSTEMS]
+ModelConfig = Annotated[Any, SYSTEMS]

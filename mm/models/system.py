@@ -1,7 +1,7 @@
 """System: what the trainer knows of a model."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -39,6 +39,9 @@ class System(nn.Module):
 
 class GenerativeSystem(System):
     """A system that writes text: its objective is `next_token` on the batch's labels."""
+
+    language: Any
+    """The causal language model of transformers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,11 @@ class VisionTower(nn.Module):
         name = config.name.removeprefix("timm/")
         try:
             self.featurizer = timm.create_model(
-                name, pretrained=config.pretrained, num_classes=0, img_size=config.image_size, **config.options
+                name,
+                pretrained=config.pretrained,
+                num_classes=0,
+                img_size=config.image_size,
+                **config.options,
             )
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -39,6 +43,11 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         (features,) = self.featurizer.forward_intermediates(
-            pixels, indices=[self.block], intermediates_only=True, norm=False, stop_early=True, output_fmt="NLC"
+            pixels,
+            indices=[self.block],
+            intermediates_only=True,
+            norm=False,
+            stop_early=True,
+            output_fmt="NLC",
         )
         return features

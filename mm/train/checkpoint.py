@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata as Bytes
 
 from mm.errors import CheckpointError
 
@@ -31,7 +32,16 @@ PREFIX = "step-"
 def versions() -> dict[str, str]:
     """What a run was made with."""
     found = {"python": platform.python_version()}
-    for package in ("mm-pretrain", "torch", "torchvision", "transformers", "timm", "tokenizers", "numpy", "pillow"):
+    for package in (
+        "mm-pretrain",
+        "torch",
+        "torchvision",
+        "transformers",
+        "timm",
+        "tokenizers",
+        "numpy",
+        "pillow",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -79,11 +89,19 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer, names: set[str]) ->
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+    return {
+        "cpu": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+    }
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `step-NNNNNNNN`, then remove all but the newest `keep`. Raises OSError when the disk is full, say."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +154,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     state = read_state(checkpoint)
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
-        saved = {name: tuple(about.size) for name, about in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        described = reader.read_metadata().state_dict_metadata
+        saved = {name: tuple(about.size) for name, about in described.items() if not isinstance(about, Bytes)}
     except Exception as error:
         raise CheckpointError(f"{checkpoint}: cannot be read ({error}); use an older checkpoint") from None
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model_tensors(model).items()}
@@ -153,7 +172,9 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         if saved.get(name) != tuple(tensor.shape)
     ] + [f"{name} is not in the model" for name in extra]
     if wrong:
-        raise CheckpointError(f"{checkpoint}: of another model: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+        raise CheckpointError(
+            f"{checkpoint}: of another model: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else "")
+        )
     rng = {name: tensor for name, tensor in rng.items() if name in saved}
     _dcp(dcp.load, {**tensors, **rng}, storage_reader=reader)
     if "rng.cpu" in rng:

@@ -125,8 +125,8 @@ class TrainConfig(Section):
     """`bf16`: autocast over float32 weights."""
     device: str = "auto"
     """`auto`: the GPU if there is one, else the CPU."""
-    optimizer: Annotated[KindSection, OPTIMIZERS] = AdamWConfig()
-    schedule: Annotated[KindSection, SCHEDULES] = CosineConfig()
+    optimizer: Annotated[Any, OPTIMIZERS] = AdamWConfig()
+    schedule: Annotated[Any, SCHEDULES] = CosineConfig()
     params: list[ParamRule] = []
     """Freezing, learning rates and decay by name, in order: `[{match: "vision.*", freeze: true}]`."""
     clip_norm: Number | None = Field(default=1.0, gt=0)

@@ -96,7 +96,10 @@ def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Ca
                 continue
             start, stop = segment.loss[0]
             tokens = pack.tokens[segment.start : segment.start + segment.length]
-            before, caption = tokens[: start - segment.start], tokens[start - segment.start : stop - segment.start]
+            before, caption = (
+                tokens[: start - segment.start],
+                tokens[start - segment.start : stop - segment.start],
+            )
             one = replace(media[index][0], position=media[index][0].position - segment.start)
             picture = segment.id.split("#")[0]
             by_picture[picture][before.tobytes()] = Captioned(segment.id, one, before, caption)
@@ -120,7 +123,11 @@ def encode_pictures(
     features = []
     for start in range(0, len(items), chunk):
         packs = [
-            Pack(item.before, (PackedSegment(item.id, "", 0, len(item.before), ()),), (replace(item.media, segment=0),))
+            Pack(
+                item.before,
+                (PackedSegment(item.id, "", 0, len(item.before), ()),),
+                (replace(item.media, segment=0),),
+            )
             for item in items[start : start + chunk]
         ]
         batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(device)
@@ -185,8 +192,19 @@ def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int,
         cost=torch.tensor([one.cost for one in media]),
     ).to(device)
     image = replace(image, features=features[[i for i, _ in pairs]].flatten(0, 1))
-    rows = (torch.from_numpy(x)[None] for x in (ids, labels, segments.astype(np.int32), positions, modality))
-    return PackedBatch(*(row.to(device) for row in rows), media={"image": image}, ids=[])  # type: ignore[arg-type]
+
+    def row(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values)[None].to(device)
+
+    return PackedBatch(
+        input_ids=row(ids),
+        labels=row(labels),
+        segment_ids=row(segments.astype(np.int32)),
+        position_ids=row(positions),
+        modality=row(modality),
+        media={"image": image},
+        ids=[],
+    )
 
 
 def match(scores: np.ndarray, items: list[Captioned], candidates: int, seed: int) -> tuple[int, int]:

@@ -122,7 +122,9 @@ class Trainer:
         checkpoints = self.out / "checkpoints"
         if (self.out / "config.yaml").exists():
             if not resume:
-                raise ConfigError(f"{self.out}: holds a run already; go on with --resume, or choose another with out=DIR")
+                raise ConfigError(
+                    f"{self.out}: holds a run already; go on with --resume, or choose another with out=DIR"
+                )
             self._check_same_run(yaml.safe_load((self.out / "config.yaml").read_text()))
         elif self.out.exists() and any(self.out.iterdir()):
             raise ConfigError(f"{self.out}: is not empty and not a run; choose another folder with out=DIR")
@@ -154,8 +156,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.watcher.event(f"building {config.model.kind} on {self.device}")
         self.system: System = config.model.build().to(self.device)
-        groups = parameter_groups(self.system, train.params, train.optimizer.weight_decay)  # type: ignore[attr-defined]
-        self.optimizer: torch.optim.Optimizer = train.optimizer.build(groups)  # type: ignore[attr-defined]
+        groups = parameter_groups(self.system, train.params, train.optimizer.weight_decay)
+        self.optimizer: torch.optim.Optimizer = train.optimizer.build(groups)
         self.autocast = make_autocast(train.precision, self.device)
         self.loader = PackedLoader(
             splits["train"],
@@ -172,7 +174,9 @@ class Trainer:
         self.steps = train.max_steps or math.ceil((epochs or 1) * one_epoch / self.rows)
         used = self.rows * config.data.context_length
         if used != train.batch_tokens:
-            self.watcher.event(f"train.batch_tokens {train.batch_tokens:,} rounded down to {self.rows} rows, {used:,} tokens")
+            self.watcher.event(
+                f"train.batch_tokens {train.batch_tokens:,} rounded down to {self.rows} rows, {used:,} tokens"
+            )
 
     def _restore(self, newest: Path) -> None:
         state = checkpoint.load(newest, self.system, self.optimizer)
@@ -226,14 +230,12 @@ class Trainer:
         for batch in batches:
             with self.autocast():
                 output = self.system(batch)
-            terms = [
-                self.system.weights[name] * loss / max(counts[name], 1) for name, loss in output.losses.items()
-            ]
+            terms = [self.system.weights[name] * loss / max(counts[name], 1) for name, loss in output.losses.items()]
             torch.stack(terms).sum().backward()
             for name, loss in output.losses.items():
                 sums[name] += float(loss.detach())
-        factor = self.config.train.schedule.factor(self.progress.step, self.steps)  # type: ignore[attr-defined]
-        peak = self.config.train.optimizer.lr  # type: ignore[attr-defined]
+        factor = self.config.train.schedule.factor(self.progress.step, self.steps)
+        peak = self.config.train.optimizer.lr
         for group in self.optimizer.param_groups:
             group["lr"] = peak * factor * group["lr_scale"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -389,7 +391,7 @@ class Trainer:
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             with contextlib.suppress(ValueError):  # signals belong to the main thread; a library user may be elsewhere
                 before[number] = signal.signal(number, note)
         try:
@@ -446,6 +448,8 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Dotted keys at which two resolved configs differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [
-            key for name in sorted({*a, *b}) for key in _differences(a.get(name), b.get(name), f"{path}.{name}".strip("."))
+            key
+            for name in sorted({*a, *b})
+            for key in _differences(a.get(name), b.get(name), f"{path}.{name}".strip("."))
         ]
     return [] if a == b else [path]

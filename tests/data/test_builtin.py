@@ -47,9 +47,7 @@ def shipped() -> list[Shipped]:
         for key, files in parts.items():
             picture = Image.open(io.BytesIO(files["webp"]))
             assert picture.mode == "RGB"
-            found.append(
-                Shipped(path.name.split("-")[0], key, np.asarray(picture), json.loads(files["json"]))
-            )
+            found.append(Shipped(path.name.split("-")[0], key, np.asarray(picture), json.loads(files["json"])))
     return found
 
 
@@ -125,9 +123,7 @@ def test_no_near_twins_across_splits(shipped: list[Shipped]) -> None:
     splits = np.array([sample.split for sample in shipped])
     apart = splits[:, None] != splits[None]
     assert distances[apart].min() >= THRESHOLD - WEBP_MARGIN
-    assert distances[~apart & ~np.eye(len(shipped), dtype=bool)].min() < 1, (
-        "the measure sees twins where they are"
-    )
+    assert distances[~apart & ~np.eye(len(shipped), dtype=bool)].min() < 1, "the measure sees twins where they are"
 
 
 @pytest.mark.parametrize(
@@ -147,9 +143,7 @@ def test_concept_joins(one: str, other: str) -> None:
     assert concept(one) == concept(other)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("👩‍🚒", "👩‍🚀"), ("♀️", "♂️"), ("👶", "👦"), ("🏳️‍🌈", "🏳️"), ("😀", "😃")]
-)
+@pytest.mark.parametrize(("one", "other"), [("👩‍🚒", "👩‍🚀"), ("♀️", "♂️"), ("👶", "👦"), ("🏳️‍🌈", "🏳️"), ("😀", "😃")])
 def test_concept_keeps_apart(one: str, other: str) -> None:
     assert concept(one) != concept(other)
 

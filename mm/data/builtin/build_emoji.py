@@ -218,9 +218,7 @@ def find_debs(folder: Path) -> dict[str, Path]:
     for name, number in PACKAGES.items():
         if not list(folder.glob(f"{name}_*.deb")):
             if shutil.which("apt-get") is None:
-                raise SystemExit(
-                    f"{folder} has no {name}_*.deb and there is no apt-get to download it: {advice}"
-                )
+                raise SystemExit(f"{folder} has no {name}_*.deb and there is no apt-get to download it: {advice}")
             if subprocess.run(["apt-get", "download", f"{name}={number}"], cwd=folder).returncode:
                 raise SystemExit(f"apt-get could not download {name} {number}: {advice}")
         found[name] = max(folder.glob(f"{name}_*.deb"))
@@ -457,12 +455,8 @@ def describe(result: DataSet, controls: list[dict[str, str]]) -> dict[str, Any]:
         "name": "emoji",
         "pictures": {split: sum(sample.split == split for sample in samples) for split in SHARDS},
         "captions": captions,
-        "groups": {
-            split: len({sample.group for sample in samples if sample.split == split}) for split in SHARDS
-        },
-        "groups_kept_in_train": {
-            name: size for name, size in sizes.most_common() if size > LARGEST_HELD_OUT_GROUP
-        },
+        "groups": {split: len({sample.group for sample in samples if sample.split == split}) for split in SHARDS},
+        "groups_kept_in_train": {name: size for name, size in sizes.most_common() if size > LARGEST_HELD_OUT_GROUP},
         "split_rule": {
             "near_twins": "same concept, or RMS difference of thumbnails below the threshold; transitive",
             "thumbnail": [THUMB, THUMB, 3],
@@ -535,8 +529,7 @@ def check(result: DataSet, folder: Path) -> bool:
         "text and splits": texts == expected,
         "tar bytes": tars == new["tar"],
         "tar.gz bytes": gzips == new["tar.gz"],
-        "shards against their manifest": tars == manifest["sha256"]["tar"]
-        and gzips == manifest["sha256"]["tar.gz"],
+        "shards against their manifest": tars == manifest["sha256"]["tar"] and gzips == manifest["sha256"]["tar.gz"],
     }
     for what, same in checks.items():
         print(f"{'same     ' if same else 'DIFFERENT'}  {what}")
@@ -549,9 +542,7 @@ def check(result: DataSet, folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build or check the shipped emoji data set.")
-    parser.add_argument(
-        "--debs", type=Path, help="folder of the two .deb files; what lacks is downloaded into it"
-    )
+    parser.add_argument("--debs", type=Path, help="folder of the two .deb files; what lacks is downloaded into it")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, help="write the data set into this folder")
     action.add_argument("--check", type=Path, help="build in memory and compare with this folder")
@@ -559,9 +550,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = build(find_debs(args.debs or Path(scratch)))
     for language in LANGUAGES:
-        have = sum(
-            caption["language"] == language for sample in result.samples for caption in sample.captions
-        )
+        have = sum(caption["language"] == language for sample in result.samples for caption in sample.captions)
         print(f"{language}: {have} captions, {len(result.samples) - have} missing")
     for split, count in result.manifest["pictures"].items():
         print(f"{split}: {count} pictures in {result.manifest['groups'][split]} groups")

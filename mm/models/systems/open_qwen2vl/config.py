@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from mm.data.layout import ImageLayout, Layout, Template
 from mm.data.media import ImageTransform
-from mm.data.tokens import Tokenizer
+from mm.data.tokenizer import Tokenizer
 from mm.models.config import ConnectorConfig, LanguageConfig, PoolMLPConfig, VisionConfig
 from mm.settings import KindSection, Section
 
@@ -36,13 +36,18 @@ class OpenQwen2VLConfig(KindSection):
 
     def layout(self) -> Layout:
         tokenizer = Tokenizer.load(self.language.tokenizer_name, self.language.added_tokens)
-        tokens = self.connector.tokens  # type: ignore[attr-defined]
+        tokens = self.connector.tokens
         transform = ImageTransform(self.vision.image_size, self.vision.mean, self.vision.std)
         template = Template(self.template.bos, self.template.eos, self.template.after_media)
         for token in (template.bos, template.eos):
             if token is not None:
                 tokenizer.id(token)
-        return Layout(tokenizer, template, tokenizer.id(self.template.pad), ImageLayout(tokens, self.vision.patches, transform))
+        return Layout(
+            tokenizer,
+            template,
+            tokenizer.id(self.template.pad),
+            ImageLayout(tokens, self.vision.patches, transform),
+        )
 
     def build(self) -> "OpenQwen2VL":
         from mm.models.systems.open_qwen2vl.model import OpenQwen2VL

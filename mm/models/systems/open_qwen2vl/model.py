@@ -7,7 +7,7 @@ Source: arXiv 2504.00595 section 2.2; github Victorwz/Open-Qwen2VL, `prismatic/m
 from torch import Tensor
 
 from mm.data.batch import IGNORE, MediaBatch, PackedBatch
-from mm.data.tokens import Tokenizer
+from mm.data.tokenizer import Tokenizer
 from mm.errors import ConfigError
 from mm.models import backbone
 from mm.models.objectives import next_token_losses
@@ -23,7 +23,7 @@ class OpenQwen2VL(GenerativeSystem):
         super().__init__()
         tokenizer = Tokenizer.load(config.language.tokenizer_name, config.language.added_tokens)
         self.vision = VisionTower(config.vision)
-        tokens = config.connector.tokens  # type: ignore[attr-defined]
+        tokens = config.connector.tokens
         if tokens > self.vision.patches:
             raise ConfigError(
                 f"model.connector.tokens {tokens}: {config.vision.name} at {config.vision.image_size} pixels gives only "
@@ -31,7 +31,7 @@ class OpenQwen2VL(GenerativeSystem):
             )
         self.language = backbone.load(config.language, len(tokenizer))
         width = self.language.get_input_embeddings().embedding_dim
-        self.connector = config.connector.build(self.vision.width, width)  # type: ignore[attr-defined]
+        self.connector = config.connector.build(self.vision.width, width)
 
     def encode(self, medium: str, media: MediaBatch) -> Tensor:
         assert medium == "image"
@@ -50,6 +50,11 @@ class OpenQwen2VL(GenerativeSystem):
         targets = batch.labels.flatten()
         keep = (targets != IGNORE).nonzero()[:, 0]
         logits = backbone.run(
-            self.language, self.embed(batch), batch.segment_ids, batch.position_ids, keep, batch.isolate_segments
+            self.language,
+            self.embed(batch),
+            batch.segment_ids,
+            batch.position_ids,
+            keep,
+            batch.isolate_segments,
         )
         return next_token_losses(logits, targets[keep])

@@ -1,0 +1,237 @@
+"""Looking at a packed split: one page with real rows, segment by segment, and whether the ledger closes.
+
+The page is made from what lies on disk, not from what the packer meant: rows are read as the loader reads
+them, and the ledger is held against the index.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mm.data.packed import Pack, PackedDataset, PackedSegment
+from mm.data.tokenizer import Tokenizer
+from mm.errors import DataError
+from mm.page import histogram, ledger_rows, render, thumbnail
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+QUARANTINED_SHOWN = 200
+
+
+def summary(dataset: PackedDataset) -> dict[str, Any]:
+    """The split in numbers, ready for JSON. Lengths are in tokens, fills in shares of a row."""
+    about, index = dataset.about, dataset.index
+    context_length = about["settings"]["context_length"]
+    tokens = int(_column(index, "tokens").sum())
+    loss_tokens = int(_column(index, "loss_tokens").sum())
+    return {
+        "packs": len(dataset),
+        "context_length": context_length,
+        "tokens": tokens,
+        "row_tokens": len(dataset) * context_length,
+        "padding": len(dataset) * context_length - tokens,
+        "fill": round(tokens / (len(dataset) * context_length), 6),
+        "segments": int(_column(index, "segments").sum()),
+        "images": int(_column(index, "image").sum()),
+        "loss_tokens": loss_tokens,
+        "loss_share": round(loss_tokens / tokens, 6),
+        "segment_length": _percentiles(_segment_lengths(dataset)),
+        "row_fill": _percentiles(_column(index, "tokens") / context_length),
+        "ledger": about["ledger"],
+        "ledger_open": [f"{row['source']}: {line}" for row in _ledger(dataset) for line in row["open"]],
+    }
+
+
+def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int = 16) -> str:
+    """One HTML page of the split with `rows` evenly spaced packs drawn. Without a tokenizer it shows no text.
+
+    Raises `DataError` for a damaged pack and for a tokenizer that the split was not packed with.
+    """
+    about = dataset.about
+    if tokenizer is not None and tokenizer.fingerprint() != about["layout"]["tokenizer"]:
+        raise DataError(
+            f"{dataset.folder}: packed with another tokenizer than {tokenizer.name} "
+            f"({about['layout']['tokenizer']}, this one is {tokenizer.fingerprint()})"
+        )
+    context_length = about["settings"]["context_length"]
+    shown = np.unique(np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).round().astype(int))
+    packs = [_Row.of(int(number), dataset, tokenizer) for number in shown]
+    step = 2 ** max(0, int(np.ceil(np.log2(context_length / 8))))
+    return render(
+        "inspect.html.j2",
+        title=f"{dataset.folder.name} – packed rows",
+        name=dataset.folder.name,
+        about=about,
+        summary=summary(dataset),
+        ledger=_ledger(dataset),
+        context_length=context_length,
+        rows=packs,
+        kinds=sorted({media.kind for row in packs for media in row.media}),
+        ticks=list(range(0, context_length + 1, step)),
+        has_text=tokenizer is not None,
+        lengths=histogram(_segment_lengths(dataset), "Segments by length", "tokens in a segment"),
+        fills=histogram(
+            _column(dataset.index, "tokens") / context_length,
+            "Packs by fill",
+            "share of the row filled",
+            True,
+        ),
+        documents={
+            "settings": json.dumps(about["settings"], indent=2, ensure_ascii=False),
+            "layout": json.dumps(about["layout"], indent=2, ensure_ascii=False),
+            "provenance": json.dumps(about["provenance"], indent=2, ensure_ascii=False),
+            "quarantined": _quarantined(dataset),
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Text between media, or one medium, in a segment's order. `learned`: the loss is on it."""
+
+    text: str
+    learned: bool
+    kind: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    id: str
+    start: int
+    length: int
+    loss_tokens: int
+    pieces: list[_Piece]
+    thumbnails: list[str | None]
+
+    @property
+    def words(self) -> str:
+        """What shows when the pointer rests on it."""
+        text = "".join(piece.text for piece in self.pieces).strip()
+        counts = f"{self.id}: {self.length} tokens, {self.loss_tokens} learned"
+        return f"{counts}\n{text}" if text else counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Medium:
+    kind: str
+    position: int
+    length: int
+    room: int
+    """Positions up to the next medium or the row's end: how wide its thumbnail may be."""
+    thumbnail: str | None
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A pack as it is drawn. `loss`: (start, length) of the spans that are learned."""
+
+    number: int
+    source: str
+    visit: int
+    tokens: int
+    loss_tokens: int
+    segments: list[_Segment]
+    media: list[_Medium]
+    loss: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, number: int, dataset: PackedDataset, tokenizer: Tokenizer | None) -> "_Row":
+        pack = dataset.read(number)
+        context_length = dataset.about["settings"]["context_length"]
+        pictures = [thumbnail(one.data, one.ext) if one.kind == "image" else None for one in pack.media]
+        ends = [*(one.position for one in pack.media[1:]), context_length]
+        media = [
+            _Medium(one.kind, one.position, one.length, end - one.position, uri, pack.segments[one.segment].id)
+            for one, end, uri in zip(pack.media, ends, pictures, strict=True)
+        ]
+        segments = [
+            _Segment(
+                segment.id,
+                segment.start,
+                segment.length,
+                sum(stop - start for start, stop in _learned(segment)),
+                [] if tokenizer is None else _pieces(pack, index, tokenizer),
+                [uri for uri, one in zip(pictures, pack.media, strict=True) if one.segment == index],
+            )
+            for index, segment in enumerate(pack.segments)
+        ]
+        return cls(
+            number,
+            dataset.index["source"][number].as_py(),
+            dataset.index["visit"][number].as_py(),
+            len(pack.tokens),
+            sum(segment.loss_tokens for segment in segments),
+            segments,
+            media,
+            [(start, stop - start) for segment in pack.segments for start, stop in _learned(segment)],
+        )
+
+
+def _learned(segment: PackedSegment) -> list[tuple[int, int]]:
+    """Row positions that are targets: a segment's first token has nothing before it to be predicted from."""
+    return [(max(start, segment.start + 1), stop) for start, stop in segment.loss]
+
+
+def _pieces(pack: Pack, index: int, tokenizer: Tokenizer) -> list[_Piece]:
+    """A segment's text, cut where media stand and where learning begins or ends."""
+    segment = pack.segments[index]
+    media = {one.position: one for one in pack.media if one.segment == index and one.length}
+    edges = {segment.start, segment.start + segment.length}
+    edges |= {edge for span in segment.loss for edge in span}
+    edges |= {edge for one in media.values() for edge in (one.position, one.position + one.length)}
+    pieces = []
+    for start, stop in zip(sorted(edges), sorted(edges)[1:], strict=False):
+        if start in media:
+            pieces.append(_Piece("", False, media[start].kind))
+        elif text := tokenizer.decode(pack.tokens[start:stop].tolist()):
+            pieces.append(_Piece(text, any(a <= start < b for a, b in segment.loss)))
+    return pieces
+
+
+def _ledger(dataset: PackedDataset) -> list[dict[str, Any]]:
+    """The ledger by source, held against what the index says was written."""
+    names = {
+        "segments": "segments",
+        "segment_tokens": "tokens",
+        "loss_tokens": "loss_tokens",
+        "image": "image",
+    }
+    sums = dataset.index.group_by("source").aggregate([(column, "sum") for column in names.values()])
+    written = {
+        row["source"]: {name: row[f"{column}_sum"] for name, column in names.items()} for row in sums.to_pylist()
+    }
+    return ledger_rows(dataset.about, written)
+
+
+def _segment_lengths(dataset: PackedDataset) -> np.ndarray:
+    path = dataset.folder / "plan.parquet"
+    try:
+        return _column(pq.read_table(path, columns=["tokens"]), "tokens")
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: missing or damaged ({error}); pack the data set again") from None
+
+
+def _quarantined(dataset: PackedDataset) -> str:
+    """The samples that could not be used, one a line with the reason; empty where there are none."""
+    path = dataset.folder / "quarantine.jsonl"
+    if not path.exists():
+        return ""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [f"{one['id']}  {one['reason']}" for one in found[:QUARANTINED_SHOWN]]
+    more = len(found) - len(lines)
+    return "\n".join([*lines, f"and {more} more, in {path.name}"] if more else lines)
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].to_numpy()
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    """`min`, `p5` … `p95`, `max`, and the `mean`."""
+    names = {0: "min", 100: "max"}
+    found = {names.get(p, f"p{p}"): float(np.percentile(values, p)) for p in PERCENTILES}
+    return {name: round(value, 4) for name, value in {**found, "mean": float(values.mean())}.items()}

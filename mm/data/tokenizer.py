@@ -1,0 +1,84 @@
+"""Tokenizers by folder, hub name or `builtin:NAME`."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import tokenizers
+
+from mm.data import builtin
+from mm.errors import DataError
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer by folder, hub name, or `builtin:NAME`; plain text only ever gives plain tokens.
+
+    A caption that happens to contain `<|im_end|>` is encoded as those characters, not as the special token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+        self.name = name
+        self._backend = backend
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    @classmethod
+    def load(cls, name: str, added: tuple[str, ...] = ()) -> "Tokenizer":
+        """Load `tokenizer.json`; `added` are special tokens to append where the vocabulary lacks them.
+
+        Raises `DataError` where there is none, or none that can be read.
+        """
+        file = _tokenizer_file(name)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"tokenizer {name}: {file} is damaged or of another version ({error})") from None
+        missing = [token for token in added if backend.token_to_id(token) is None]
+        backend.add_special_tokens(missing)
+        return cls(backend, name)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def token(self, id: int) -> str:
+        return self._backend.decode([id], skip_special_tokens=False)
+
+    def id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise DataError(
+                f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens"
+            )
+        return int(found)
+
+    def fingerprint(self) -> str:
+        """A digest of vocabulary, merges and rules: equal for equal tokenizers, whatever they are called."""
+        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True).encode()
+        return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def _tokenizer_file(name: str) -> Path:
+    if name.startswith("builtin:"):
+        try:
+            return builtin.folder(name.removeprefix("builtin:")) / "tokenizer" / "tokenizer.json"
+        except ValueError as error:
+            raise DataError(f"tokenizer {name}: {error}") from None
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "tokenizer.json").is_file():
+            raise DataError(f"tokenizer {name}: the folder holds no tokenizer.json")
+        return folder / "tokenizer.json"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"tokenizer {name}: neither a folder here nor to be had from the hub ({reason})") from None

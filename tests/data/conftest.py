@@ -1,0 +1,126 @@
+"""A tiny layout, shards written by webdataset's own writer, and sets packed from them."""
+
+import io
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from mm.data.config import DataConfig
+from mm.data.layout import ImageLayout, Layout, Template
+from mm.data.media import ImageTransform
+from mm.data.packed import PackedDataset
+from mm.data.prepare import pack_split
+from mm.data.tokenizer import Tokenizer
+
+
+def _layout(tokens: int = 4, cost: int = 9, tokenizer: Tokenizer | None = None, **template: Any) -> Layout:
+    tokenizer = tokenizer or Tokenizer.load("builtin:emoji")
+    image = ImageLayout(tokens, cost, ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    spelling = Template(**{"bos": "<s>", "eos": "<|im_end|>", "after_media": "\n", **template})
+    return Layout(tokenizer, spelling, tokenizer.id("<|endoftext|>"), image)
+
+
+@pytest.fixture(scope="session")
+def make_layout() -> Callable[..., Layout]:
+    return _layout
+
+
+@pytest.fixture(scope="session")
+def layout() -> Layout:
+    """4 positions and 9 encoder tokens a picture, squares of 8 pixels."""
+    return _layout()
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """An encoded picture of noise, another one for every number."""
+
+    def make(number: int = 0, format: str = "PNG", size: tuple[int, int] = (20, 12)) -> bytes:
+        noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, format)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> Callable[..., Path]:
+    """`write_shard(path, {"key": {"jpg": b"…", "txt": "…", "json": {…}}})`, by webdataset."""
+
+    def write(path: Path, samples: dict[str, dict[str, Any]]) -> Path:
+        with wds.TarWriter(str(path), mtime=0) as writer:
+            for key, members in samples.items():
+                writer.write({"__key__": key, **members})
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., PackedDataset]:
+    """Pack shards as `mm pack` does. `source` and `settings` go into the config's sections."""
+
+    def run(
+        path: Path | str,
+        out: Path,
+        layout: Layout,
+        source: dict[str, Any] | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> PackedDataset:
+        config = {"kind": "captions", "path": str(path), "name": "pictures", **(source or {})}
+        data = DataConfig.model_validate({"sources": [config], "context_length": 64, **settings})
+        return PackedDataset(pack_split(data, "train", layout, seed, out))
+
+    return run
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """After `file_size_limit(n)` no file grows past n bytes: writing fails as on a full disk, until the test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+LANGUAGES = ("en", "de", "ja")
+
+
+@pytest.fixture(scope="session")
+def raw(
+    tmp_path_factory: pytest.TempPathFactory, write_shard: Callable[..., Path], picture: Callable[..., bytes]
+) -> Path:
+    """Two shards in a folder `raw`: 60 pictures, each with a caption of its own in three languages."""
+    folder = tmp_path_factory.mktemp("shards") / "raw"
+    folder.mkdir()
+    words = {"en": "a cat under an umbrella", "de": "Katze unter einem Schirm", "ja": "傘と猫"}
+    for shard in range(2):
+        samples = {}
+        for number in range(30 * shard, 30 * shard + 30):
+            captions = [
+                {"language": language, "text": f"{number} {' '.join(words[language].split()[: number % 5 + 1])}"}
+                for language in LANGUAGES
+            ]
+            ext, format = (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))[number % 3]
+            samples[f"{number:06d}"] = {ext: picture(number, format), "json": {"captions": captions}}
+        write_shard(folder / f"{shard:03d}.tar", samples)
+    return folder
+
+
+SPELLING = {"prompt": "{language}: "}
+
+
+@pytest.fixture(scope="session")
+def packed(
+    raw: Path, tmp_path_factory: pytest.TempPathFactory, layout: Layout, pack: Callable[..., PackedDataset]
+) -> PackedDataset:
+    """`raw` in rows of 64 with at most 4 pictures, three visits."""
+    out = tmp_path_factory.mktemp("packed") / "train"
+    return pack("{root}/*.tar", out, layout, SPELLING, root=str(raw), budgets={"image": 4}, visits=3)

@@ -1,0 +1,28 @@
+"""What is drawn depends on its key alone."""
+
+import numpy as np
+import pytest
+
+from mm.data.sample import Choice, Media, Sample, Text, keyed_rng
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_visits_walk_through_all_options(count: int) -> None:
+    options = tuple((Text("prompt: ", False), Text(f"{k}")) for k in range(count))
+    samples = [Sample(f"s/0/{n}", (Media("image", b"x", "png"), Choice(options))) for n in range(40)]
+    firsts = set()
+    for sample in samples:
+        drawn = [sample.drawn(7, visit) for visit in range(2 * count)]
+        assert {parts[1:] for parts in drawn[:count]} == set(options) and drawn[count:] == drawn[:count]
+        assert all(parts[0] == Media("image", b"x", "png") for parts in drawn)
+        firsts.add(drawn[0])
+    assert len(firsts) == count, "not every sample begins with the same option"
+    if count > 1:
+        assert [sample.drawn(7, 0) for sample in samples] != [sample.drawn(8, 0) for sample in samples]
+
+
+def test_equal_keys_draw_the_same_whatever_their_types() -> None:
+    plain = keyed_rng(3, "epoch", 5).permutation(50)
+    assert np.array_equal(plain, keyed_rng(np.int64(3), "epoch", np.int32(5)).permutation(50))
+    for other in ((3, "epoch", 6), (4, "epoch", 5), (3, "epoch", "5"), (3, "epoch")):
+        assert not np.array_equal(plain, keyed_rng(*other).permutation(50))

@@ -1,0 +1,286 @@
+"""Shards in: we read what plain webdataset reads, and no input, hostile or cut, gives more than one clear error."""
+
+import gzip
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mm.data import shards
+from mm.data.shards import Shard, expand
+from mm.errors import DataError
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def tar_bytes(files: list[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of these files; a name that ends in / is a folder."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            if name.endswith("/"):
+                info.type = tarfile.DIRTYPE
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def read(path: Path) -> dict[str, dict[str, bytes]]:
+    with Shard(path) as shard:
+        return {group.key: {ext: group.read(ext) for ext in group.members} for group in shard.groups()}
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text
+    return text
+
+
+def by_webdataset(path: Path) -> dict[str, dict[str, bytes]]:
+    found = {}
+    for sample in wds.WebDataset(str(path), shardshuffle=False):
+        key = sample["__key__"].removeprefix("./")
+        found[key] = {ext: data for ext, data in sample.items() if not ext.startswith("__")}
+    return found
+
+
+PLAIN = [
+    ("a.jpg", b"picture a"),
+    ("a.txt", "Wörter".encode()),
+    ("deep/folder/", b""),
+    ("deep/folder/b.seg.png", b"x" * 700),
+    ("deep/folder/b.TXT", b""),
+    ("./c.jpg", b"y" * 1024),
+    ("./c.json", b"{}"),
+    ("README", b"no sample"),
+    ("._c.jpg", b"what another system leaves"),
+    ("傘.webp", b"z"),
+]
+LONG = [("f" * 60 + "/" + "k" * 90 + ".jpg", b"1"), ("g" * 300 + "/" + "k" * 200 + ".txt", b"2")]
+
+
+@pytest.mark.parametrize("packing", ["tar", "tar.gz", "members"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_reads_what_webdataset_reads(tmp_path: Path, format: str, packing: str) -> None:
+    """Every tar dialect, long names, folders, ./ and files that are no samples; gzip in one member or several."""
+    data = tar_bytes(PLAIN + (LONG[:1] if format == "ustar" else LONG), FORMATS[format])
+    plain = tmp_path / "plain.tar"
+    plain.write_bytes(data)
+    path = tmp_path / f"shard.{'tar' if packing == 'tar' else 'tar.gz'}"
+    path.write_bytes(
+        {
+            "tar": data,
+            "tar.gz": gzip.compress(data),
+            "members": gzip.compress(data[:700]) + gzip.compress(data[700:]) + bytes(512),  # zeros may follow
+        }[packing]
+    )
+    found = read(path)
+    assert found == by_webdataset(plain)
+    assert found["deep/folder/b"] == {"seg.png": b"x" * 700, "txt": b""}
+    assert len(found) == (5 if format == "ustar" else 6)
+
+
+def test_members_are_read_at_random_and_while_scanning(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(f"{n:03d}.txt", b"%d" % n * n) for n in range(50)]))
+    with Shard(tmp_path / "x.tar") as shard:
+        groups = []
+        for group in shard.groups():
+            groups.append(group)
+            assert groups[len(groups) // 2].read("txt") == b"%d" % (len(groups) // 2) * (len(groups) // 2)
+        assert [int(group.key) for group in groups] == list(range(50))
+        assert [len(group.read("txt")) for group in reversed(groups)] == [
+            len(b"%d" % n) * n for n in reversed(range(50))
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("000.tar", "000"), ("000.tar.gz", "000"), ("v1.02.tgz", "v1.02"), ("a.b.tar", "a.b")]
+)
+def test_stem_keeps_what_tells_shards_apart(name: str, expected: str) -> None:
+    assert shards.stem(Path("folder.x") / name) == expected
+
+
+def test_a_shard_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    data = tar_bytes([("a.jpg", b"p" * 700), ("a.txt", b"caption"), ("b.jpg", b"q" * 100)])
+    end = 3 * 512 + 1024 + 512 + 512  # three headers, their data, and one block of the end mark is still to come
+    path = tmp_path / "x.tar"
+    for cut in [*range(0, end + 512, 100), end - 1, end, end + 511]:
+        path.write_bytes(data[:cut])
+        assert re.search("truncated|not a whole tar", refusal(path)), cut
+    path.write_bytes(data[: end + 512])
+    assert list(read(path)) == ["a", "b"]
+
+
+def test_a_gzip_stream_cut_or_damaged_is_refused(tmp_path: Path) -> None:
+    stream = gzip.compress(tar_bytes(PLAIN))
+    path = tmp_path / "x.tar.gz"
+    for cut in range(2, len(stream), 7):
+        path.write_bytes(stream[:cut])
+        assert "truncated: the gzip stream ends early" in refusal(path)
+    for at in range(12, len(stream), 9):
+        path.write_bytes(stream[:at] + bytes([stream[at] ^ 0xFF]) + stream[at + 1 :])
+        refusal(path)
+    path.write_bytes(stream + b"rubbish")
+    assert "damaged gzip stream" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["/abs.jpg", "../up.jpg", "a/../../up.jpg", "a/..", "\\abs.jpg", "a\\..\\up.jpg", "a/..\\up.jpg"]
+)
+def test_names_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("ok.jpg", b""), (name, b"x")]))
+    text = refusal(tmp_path / "x.tar")
+    assert "points outside the shard" in text and repr(name) in text
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a\tb.jpg", "a\udcff.jpg", "\x1b[31m.jpg"])
+def test_names_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(name, b"x")]))
+    assert "not plain UTF-8" in refusal(tmp_path / "x.tar")
+
+
+def test_names_that_only_look_odd_are_read(tmp_path: Path) -> None:
+    names = ["a..b.jpg", "..c.jpg/d.jpg", "s3:e.jpg", "a b　c.jpg", "back\\slash.jpg"]
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(name, b"x") for name in names]))
+    assert list(read(tmp_path / "x.tar")) == ["a", "..c.jpg/d", "s3:e", "a b　c", "back\\slash"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(info)
+    assert "'a.jpg' is a link or device" in refusal(tmp_path / "x.tar")
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 4
+    info.pax_headers = {"GNU.sparse.map": "0,2,4094,2", "GNU.sparse.size": "4096"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"abcd"))
+    assert "'a.jpg' is stored sparse" in refusal(tmp_path / "x.tar")
+
+
+def with_size(data: bytes, header: int, size: int) -> bytes:
+    """The tar with another size in the header at this offset, its checksum put right."""
+    block = bytearray(data[header : header + 512])
+    block[124:136] = size.to_bytes(12, "big", signed=True)  # base 256, which the top bit marks
+    block[124] |= 0x80
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return data[:header] + bytes(block) + data[header + 512 :]
+
+
+@pytest.mark.parametrize("size", [2**60, 2**33, 6000, -512, -(2**40)])
+def test_a_size_that_cannot_be_is_refused(tmp_path: Path, size: int) -> None:
+    data = tar_bytes([("a.jpg", b"x"), ("b.jpg", b"y")])
+    (tmp_path / "x.tar").write_bytes(with_size(data, 1024, size)[: 4 * 512 + 1024])
+    assert "'b.jpg'" in refusal(tmp_path / "x.tar")
+    (tmp_path / "x.tar").write_bytes(with_size(data, 0, size)[: 4 * 512 + 1024])
+    refusal(tmp_path / "x.tar")
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+    data = bytearray(tar_bytes([("a.jpg", b"x"), ("b.jpg", b"y"), ("c.jpg", b"z")]))
+    data[1024 + 3] ^= 1
+    (tmp_path / "x.tar").write_bytes(data)
+    assert "no tar header at byte 1024" in refusal(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"not a tar at all " * 100, b"\x1f\x8b"])
+def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(content)
+    refusal(tmp_path / "x.tar")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 9000))
+def test_any_damage_is_samples_or_one_clear_error(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(tar_bytes([*PLAIN[:4], LONG[1]], tarfile.PAX_FORMAT))
+    for at, value in changes:
+        data[at] = value
+    path = tmp_path / "x.tar"
+    path.write_bytes(data[: 12000 - cut])
+    try:
+        read(path)
+    except DataError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_a_bomb_is_refused_before_it_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ALWAYS_ALLOWED", 4 << 20)
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(tar_bytes([("a.jpg", bytes(3 << 20))])))
+    assert len(read(path)["a"]["jpg"]) == 3 << 20, "a small one may grow as it likes"
+    path.write_bytes(gzip.compress(tar_bytes([("a.jpg", bytes(32 << 20))])))
+    assert "refused as a bomb" in refusal(path)
+
+
+def test_members_of_a_sample_must_stand_together(tmp_path: Path) -> None:
+    files = [("a.jpg", b""), ("b.jpg", b""), ("a.txt", b""), ("b.txt", b"")]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    assert "sample 'a' do not stand together" in refusal(tmp_path / "x.tar")
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("a.jpg", b""), ("a.JPG", b"")]))
+    assert "sample 'a' has two members 'jpg'" in refusal(tmp_path / "x.tar")
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_expand_counts_and_matches_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, "a/08.tar", "a/09.tar", "a/10.tar", "b/08.tar", "b/09.tar", "b/10.tar", "b/notes.txt")
+    names = lambda path, root="": [str(found.relative_to(tmp_path)) for found in expand(path, root)]  # noqa: E731
+    assert names(f"{tmp_path}/a/{{08..10}}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar"]
+    assert names("{root}/b/*.tar", str(tmp_path)) == ["b/08.tar", "b/09.tar", "b/10.tar"]
+    assert names("{root}/?/{09..10}.tar", str(tmp_path)) == ["a/09.tar", "b/09.tar", "a/10.tar", "b/10.tar"]
+    assert len(expand("builtin:emoji/train-*.tar.gz")) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("{root}/no/such/folder/{000..003}.tar", r"the folder .*/no does not exist"),
+        ("{root}/no/such/*.tar", r"the folder .*/no does not exist"),
+        ("{root}/a/sub/00.tar", r"the folder .*/a/sub does not exist"),
+        ("{root}/a/{00..02}.tar", r"/a/02\.tar: does not exist"),
+        ("{root}/a/*.tgz", r"no shard matches \(looked for .*/a/\*\.tgz\)"),
+        ("{root}/a/{00..01}*.x", r"no shard matches \(looked for .*/a/00\*\.x\)"),
+        ("{root}/a/{05..01}.tar", r"no shard matches \(a range counts"),
+        ("{root}/a", r"/a: is a folder, not a tar"),
+        ("pipe:cat x.tar", r"pipe: URLs run shell commands"),
+        ("builtin:imagenet/x.tar", r"no shipped data set is called 'imagenet'.*emoji"),
+    ],
+)
+def test_expand_says_what_is_missing(tmp_path: Path, path: str, words: str) -> None:
+    touch(tmp_path, "a/00.tar", "a/01.tar")
+    with pytest.raises(DataError, match=words) as caught:
+        expand(path, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_expand_wants_the_root_that_it_needs() -> None:
+    with pytest.raises(DataError, match=r"data\.root is not set"):
+        expand("{root}/x.tar")
+
+
+def test_full_disk_while_decompressing_names_the_disk(tmp_path: Path, file_size_limit: Callable[[int], None]) -> None:
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(tar_bytes([("a.jpg", bytes(2 << 20))])))
+    file_size_limit(1 << 20)
+    with pytest.raises(OSError, match="File too large") as caught:
+        read(path)
+    assert caught.value.filename
