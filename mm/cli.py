@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = args.function(args)
     except KeyboardInterrupt:
-        return fail(args, "interrupted before anything was trained; what was written stays", 130)
+        return fail(args, "interrupted; whatever was saved before stays whole", 130)
     except MMError as error:
         if args.debug:
             raise

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 PACKAGES = (
-    "torch", "torchvision", "transformers", "tokenizers", "timm", "open_clip_torch", "deepspeed", "webdataset", "einops",
-    "pydantic", "numpy", "pyarrow", "pillow", "safetensors", "ray", "wandb",
+    "torch", "torchvision", "transformers", "tokenizers", "timm", "open_clip_torch", "deepspeed", "webdataset",
+    "einops", "pydantic", "numpy", "pyarrow", "pillow", "safetensors", "ray", "wandb",
 )  # fmt: skip
 OPTIONAL = {"ray", "wandb"}
 REINSTALL = "reinstall both together: pip install --force-reinstall torch torchvision"

@@ -33,6 +33,6 @@ def load(path: Path | str, device: str = "auto") -> "tuple[System, Layout, RunCo
             raise CheckpointError(f"{path}: neither a checkpoint nor a run with one (no {path / 'checkpoints'}/step-*)")
         newest = found[-1]
     config = load_config(run / "config.yaml")
-    system = config.model.build().to(resolve_device(device))
+    system = config.model.build(weights=False).to(resolve_device(device))
     checkpoints.load(newest, system)
     return system.eval(), config.model.layout(), config

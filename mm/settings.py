@@ -72,9 +72,10 @@ class KindSection(Section):
 class Kinds:
     """The kinds of one part: `Annotated[Any, Kinds("optimizer", {"adamw": "mm.train.optim:AdamWConfig"})]`."""
 
-    def __init__(self, what: str, names: dict[str, str]) -> None:
+    def __init__(self, what: str, names: dict[str, str], default: str | None = None) -> None:
         self.what = what
         self.names = names
+        self.default = default
 
     def resolve(self, kind: str) -> type[KindSection]:
         """The config class of a kind's name or of an import path `package.module:Class`."""
@@ -95,9 +96,10 @@ class Kinds:
             return value
         if not isinstance(value, dict):
             raise ValueError(f"expected a mapping with a `kind`; kinds: {', '.join(self.names)}")
-        if "kind" not in value:
+        kind = value.get("kind", self.default)
+        if kind is None:
             raise ValueError(f"`kind` is missing; one of: {', '.join(self.names)}")
-        return self.resolve(str(value["kind"])).model_validate(value)
+        return self.resolve(str(kind)).model_validate(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -118,4 +120,5 @@ class Kinds:
             for name in self.names
         ]
         own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": r"^[\w.]+:\w+$"}}}
-        return {"type": "object", "required": ["kind"], "anyOf": [*known, own]}
+        required = [] if self.default else ["kind"]
+        return {"type": "object", "required": required, "anyOf": [*known, own]}

@@ -59,6 +59,12 @@ class Packing:
         return groups
 
     @cached_property
+    def longest(self) -> int:
+        """Positions in the longest scope."""
+        counts = torch.unique(self.scope[self.scope > 0], return_counts=True)[1]
+        return int(counts.max()) if len(counts) else 0
+
+    @cached_property
     def dense_mask(self) -> Tensor:
         """bool [N, N]: query i may look at key j."""
         n = len(self.scope)
@@ -77,7 +83,9 @@ class Packing:
             # A padding query sees itself, so that its row of scores is not empty; its output is zeroed afterwards.
             return ((scope[q] == scope[k]) & (scope[q] > 0) & (q >= k)) | (q == k)
 
-        return create_block_mask(visible, None, None, len(scope), len(scope), device=str(scope.device))
+        # Compiled, the mask is made block by block; eagerly all N x N positions would be there at once.
+        n, on_gpu = len(scope), scope.is_cuda
+        return create_block_mask(visible, None, None, n, n, device=str(scope.device), _compile=on_gpu)
 
 
 def choose_implementation(device: torch.device) -> str:
@@ -115,6 +123,8 @@ def packed_attention(
     Returns:
         [1, H, N, D], zeros at padding.
     """
+    # Under autocast rotary embeddings leave float32 queries and keys beside bfloat16 values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return IMPLEMENTATIONS[packing.implementation](query, key, value, packing, scale, dropout)
 
 
@@ -182,10 +192,8 @@ def _for_transformers(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; returns [1, N, H, D]. Refuses what packed attention does not do."""
     window = options.get("sliding_window")
-    if window is not None and window < len(packing.scope):
-        longest = int(torch.unique(packing.scope[packing.scope > 0], return_counts=True)[1].max())
-        if longest > window:
-            raise ValueError(f"segments of {longest} tokens are longer than the sliding window of {window}")
+    if window is not None and packing.longest > window:
+        raise ValueError(f"segments of {packing.longest} tokens are longer than the sliding window of {window}")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise ValueError(f"packed attention has no {name}")

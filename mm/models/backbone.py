@@ -18,15 +18,23 @@ from mm.models import attention
 from mm.models.config import LanguageConfig
 
 
-def load(config: LanguageConfig, vocab_size: int) -> Any:
-    """The transformers model in float32, ready for packed rows. `vocab_size`: the tokenizer's."""
+def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
+    """The transformers model in float32, ready for packed rows.
+
+    Args:
+        vocab_size: the tokenizer's.
+        weights: read the published ones of `config.name`; else only its config is, and weights are random.
+    """
     implementation = attention.register()
     if config.name is not None:
         name = config.name
+        auto = transformers.AutoModelForCausalLM
+        options = {"dtype": "float32", "attn_implementation": implementation}
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype="float32", attn_implementation=implementation
-            )
+            if weights:
+                model = auto.from_pretrained(name, **options)
+            else:
+                model = auto.from_config(transformers.AutoConfig.from_pretrained(name), **options)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"model.language.name {name}: cannot be loaded: {_first_line(error)}") from None
     else:
@@ -79,8 +87,8 @@ def run(
 def probe(model: Any, name: str) -> None:
     """Raise `ConfigError` unless two segments in one row give what each gives alone.
 
-    Runs on a copy of the model's config with at most 4 layers and a small vocabulary, so that it costs milliseconds for a
-    model of any size and on the meta device too.
+    Runs on a copy of the model's config with at most 4 layers and a small vocabulary, so that it costs little
+    for a model of any size, and on the meta device too.
     """
     small = copy.deepcopy(model.config)
     for key, value in (
@@ -114,8 +122,9 @@ def probe(model: Any, name: str) -> None:
         ) from None
     if not difference < 1e-4:
         raise ConfigError(
-            f"model.language {name}: packed and separate runs of the same segments differ by {difference:.1e} (relative): "
-            "it has position or mask logic of its own and would leak between samples; choose a model with standard attention"
+            f"model.language {name}: packed and separate runs of the same segments differ by {difference:.1e} "
+            "(relative): it has position or mask logic of its own and would leak between samples; choose a model with "
+            "standard attention"
         )
 
 

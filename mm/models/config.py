@@ -22,8 +22,8 @@ class SystemConfig(Protocol):
         """What data must know of this model. Imports no torch."""
         ...
 
-    def build(self) -> "System":
-        """The model with fresh or published weights, in float32 on the default device."""
+    def build(self, weights: bool = True) -> "System":
+        """The model in float32 on the default device; without `weights` nothing published is read, all is random."""
         ...
 
 
@@ -108,7 +108,7 @@ class LanguageConfig(Section):
         return cast(str, self.tokenizer or self.name)
 
 
-CONNECTORS = Kinds("connector", {"pool_mlp": "mm.models.config:PoolMLPConfig"})
+CONNECTORS = Kinds("connector", {"pool_mlp": "mm.models.config:PoolMLPConfig"}, default="pool_mlp")
 ConnectorConfig = Annotated[Any, CONNECTORS]
 
 SYSTEMS = Kinds("model", {"open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig"})

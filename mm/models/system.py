@@ -23,8 +23,8 @@ class Output:
 class System(nn.Module):
     """A composition of parts with its objectives.
 
-    `weights` are the factors of the objectives in the total loss: sum over k of weights[k] * S_k / N_k, where N_k counts
-    all rows, micro-batches and ranks of a step.
+    `weights` are the factors of the objectives in the total loss: sum over k of weights[k] * S_k / N_k, where N_k
+    counts all rows, micro-batches and ranks of a step.
     """
 
     weights: dict[str, float]

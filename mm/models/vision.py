@@ -14,13 +14,13 @@ from mm.models.config import VisionConfig
 class VisionTower(nn.Module):
     """[N, 3, S, S] pixels to [N, T, D] patch features, row by row of the patch grid, prefix tokens left out."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, weights: bool = True) -> None:
         super().__init__()
         name = config.name.removeprefix("timm/")
         try:
             self.featurizer = timm.create_model(
                 name,
-                pretrained=config.pretrained,
+                pretrained=config.pretrained and weights,
                 num_classes=0,
                 img_size=config.image_size,
                 **config.options,

@@ -46,7 +46,7 @@ class ScheduleConfig(KindSection):
         warmup = self.warmup * steps if self.warmup < 1 else self.warmup
         if step + 1 < warmup:
             return (step + 1) / warmup
-        progress = min(1.0, (step + 1 - warmup) / max(1.0, steps - warmup))
+        progress = min(1.0, max(0.0, step - warmup) / max(1.0, steps - warmup))
         return self.final + (1 - self.final) * self.decay(progress)
 
     def decay(self, progress: float) -> float:
@@ -81,10 +81,11 @@ class ConstantConfig(ScheduleConfig):
         return 1.0
 
 
-OPTIMIZERS = Kinds("optimizer", {"adamw": "mm.train.config:AdamWConfig"})
+OPTIMIZERS = Kinds("optimizer", {"adamw": "mm.train.config:AdamWConfig"}, default="adamw")
 SCHEDULES = Kinds(
     "schedule",
     {name: f"mm.train.config:{name.title()}Config" for name in ("cosine", "linear", "constant")},
+    default="cosine",
 )
 
 

@@ -1,13 +1,13 @@
 """What was learned, measured on held-out pictures.
 
-- caption loss: nats per learned token, against the unigram baseline and against the same model with the pictures swapped;
+- caption loss: nats per learned token, against the unigram baseline and the same model with the pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
   log p(caption | other pictures), which takes away that some captions are likely for any picture.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from mm.data.layout import Layout
 from mm.data.loader import one_pass
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.sample import Media, keyed_rng
+from mm.errors import DataError
 from mm.models.generate import generate
 from mm.models.system import GenerativeSystem
 
@@ -61,8 +62,8 @@ def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
 
 
 def unigram_loss(train: PackedDataset, held_out: PackedDataset, vocabulary: int) -> float:
-    """Nats per learned token of the best model without context: token frequencies of (up to 2,000 packs of) the training
-    set, one added to each count."""
+    """Nats per learned token of the best model without context: token frequencies of (up to 2,000 packs of) the
+    training set, one added to each count."""
     step = max(1, math.ceil(len(train) / UNIGRAM_PACKS))
     counts = np.bincount(learned_tokens(train, range(0, len(train), step)), minlength=vocabulary) + 1.0
     logs = np.log(counts / counts.sum())
@@ -112,6 +113,18 @@ def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Ca
         prompt = next(prompt for prompt in turn if prompt in options)
         dealt[prompt].append(options[prompt])
     return dealt
+
+
+def blocks(dealt: dict[bytes, list[Captioned]], candidates: int) -> Iterator[list[Captioned]]:
+    """Pictures in blocks of one prompt, all pairs of which are scored: at least 2 x `candidates`, if there are.
+
+    So the cost grows with the number of pictures, not with its square. A picture alone under its prompt is left out.
+    """
+    for items in dealt.values():
+        count = max(1, len(items) // (2 * candidates))
+        for places in np.array_split(np.arange(len(items)), count):
+            if len(places) > 1:
+                yield [items[place] for place in places]
 
 
 @torch.no_grad()
@@ -254,10 +267,15 @@ def final_evaluation(
         "test_tokens": len(learned_tokens(test, range(len(test)))),
     }
     if candidates:
-        groups = {prompt: items for prompt, items in captioned_pictures(test, seed).items() if items}
-        candidates = min(candidates, *(len(items) for items in groups.values()))
+        groups = list(blocks(captioned_pictures(test, seed), candidates))
+        if not groups:
+            raise DataError(
+                f"matching needs at least 2 test pictures with one caption under one prompt, in {test.folder}; "
+                "set evaluation.candidates=0"
+            )
+        candidates = min(candidates, *(len(items) for items in groups), len(groups[0]))
         plain = calibrated = total = 0
-        for items in groups.values():
+        for items in groups:
             features = encode_pictures(system, layout, items, autocast)
             hits = match(caption_scores(system, items, features, autocast, stop=stop), items, candidates, seed)
             plain, calibrated, total = plain + hits[0], calibrated + hits[1], total + len(items)

@@ -1,11 +1,11 @@
 """The loop: the same for every system, readable in one sitting.
 
 A step takes the next R rows of the loader's endless sequence, R = batch_tokens / context_length. The counts of
-loss-bearing terms are summed over the whole step before the first forward pass, and every micro-batch's sum of losses is
-divided by that, so 1 x 8, 2 x 4 and 8 x 1 rows give the same update.
+loss-bearing terms are summed over the whole step before the first forward pass, and every micro-batch's sum of losses
+is divided by that, so 1 x 8, 2 x 4 and 8 x 1 rows give the same update.
 
-What a run writes: `config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and at the end
-`eval.json`, `samples.json` and `samples/`.
+What a run writes: `config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and at the
+end `eval.json`, `samples.json` and `samples/`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from mm.models.attention import choose_implementation
 from mm.models.system import GenerativeSystem, System
 from mm.train import checkpoint, evaluate
 from mm.train.config import Run
-from mm.train.metrics import MetricsLog
+from mm.train.metrics import MetricsLog, read_metrics
 from mm.train.params import parameter_groups
 
 # What may differ between a run and its continuation. Everything else decides what the numbers are.
@@ -41,6 +41,12 @@ MAY_CHANGE = (
     "out", "data.workers", "data.cache", "train.max_steps", "train.epochs", "train.optimizer.lr", "train.micro_batch",
     "train.device", "train.log_every", "train.save_every", "train.keep", "evaluation",
 )  # fmt: skip
+
+# What a run that has not begun to train may have left in its folder.
+RUN_FILES = {
+    ".config.yaml", "config.yaml", ".data.json", "data.json", ".run.json", "run.json", "metrics.jsonl", "tensorboard",
+    "checkpoints",
+}  # fmt: skip
 
 
 class Watcher(Protocol):
@@ -108,7 +114,8 @@ class Trainer:
         layout: Layout = self.config.model.layout()
         splits = open_splits(self.config.data, layout, self.config.seed, self.watcher.packing)
         self._write_json("data.json", {split: dataset.about for split, dataset in splits.items()})
-        self._build(layout, splits)
+        self._build(layout, splits, weights=newest is None)
+        self._write_config()
         if newest is not None:
             self._restore(newest)
         self._write_json("run.json", self._description())
@@ -118,24 +125,29 @@ class Trainer:
             return self._finish()
 
     def _open_run_folder(self, resume: bool) -> Path | None:
-        """Refuse a folder with another run in it; returns the newest checkpoint to go on from, if any."""
+        """Refuse a folder with another run in it; returns the newest checkpoint to go on from, if any.
+
+        A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
+        """
         checkpoints = self.out / "checkpoints"
-        if (self.out / "config.yaml").exists():
+        found = checkpoint.complete(checkpoints)
+        if found or read_metrics(self.out / "metrics.jsonl"):
             if not resume:
                 raise ConfigError(
                     f"{self.out}: holds a run already; go on with --resume, or choose another with out=DIR"
                 )
             self._check_same_run(yaml.safe_load((self.out / "config.yaml").read_text()))
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(path.name not in RUN_FILES for path in self.out.iterdir()):
             raise ConfigError(f"{self.out}: is not empty and not a run; choose another folder with out=DIR")
         self.out.mkdir(parents=True, exist_ok=True)
         for left in checkpoints.glob(f".{checkpoint.PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
-        found = checkpoint.complete(checkpoints)
+        return found[-1] if found else None
+
+    def _write_config(self) -> None:
         partial = self.out / ".config.yaml"
         partial.write_text(yaml.safe_dump(self.config.resolved(), sort_keys=False, allow_unicode=True))
         partial.replace(self.out / "config.yaml")
-        return found[-1] if found else None
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         changed = [
@@ -149,13 +161,13 @@ class Trainer:
                 f"{self.out / 'config.yaml'}, or start a new run with out=DIR"
             )
 
-    def _build(self, layout: Layout, splits: dict[Split, PackedDataset]) -> None:
+    def _build(self, layout: Layout, splits: dict[Split, PackedDataset], weights: bool) -> None:
         config, train = self.config, self.config.train
         self.layout, self.splits = layout, splits
         self.device = resolve_device(train.device)
         torch.manual_seed(config.seed)
         self.watcher.event(f"building {config.model.kind} on {self.device}")
-        self.system: System = config.model.build().to(self.device)
+        self.system: System = config.model.build(weights).to(self.device)
         groups = parameter_groups(self.system, train.params, train.optimizer.weight_decay)
         self.optimizer: torch.optim.Optimizer = train.optimizer.build(groups)
         self.autocast = make_autocast(train.precision, self.device)
@@ -169,9 +181,13 @@ class Trainer:
             quarantine=config.data.max_bad_fraction > 0,
             pin_memory=self.device.type == "cuda",
         )
-        epochs = train.epochs
-        one_epoch = len(splits["train"]) / config.data.visits
-        self.steps = train.max_steps or math.ceil((epochs or 1) * one_epoch / self.rows)
+        self.steps = train.max_steps or math.ceil((train.epochs or 1) * self._packs_per_epoch() / self.rows)
+        if config.evaluation.every and "validation" not in splits:
+            raise ConfigError(f"evaluation.every: {config.data.packed} has no validation split; set evaluation.every=0")
+        if config.evaluation.every and not isinstance(self.system, GenerativeSystem):
+            raise ConfigError(
+                f"evaluation.every: a {config.model.kind} model has no caption loss; set evaluation.every=0"
+            )
         used = self.rows * config.data.context_length
         if used != train.batch_tokens:
             self.watcher.event(
@@ -199,7 +215,7 @@ class Trainer:
                 step = self.progress.step = self.progress.step + 1
                 timer.add(row["step_tokens"])
                 last = step == self.steps
-                evaluated = self._due(step, self.config.evaluation.every) and "validation" in self.splits
+                evaluated = self._due(step, self.config.evaluation.every)
                 if evaluated:
                     with timer.excluded():
                         row["validation_loss"] = self._validation_loss()
@@ -215,7 +231,7 @@ class Trainer:
                 if stopping and not last:
                     raise Interrupted(self._resume_hint())
         except DataError:
-            # What was learned so far is worth keeping: damaged data is found late, and the run can go on once it is mended.
+            # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
             if self.progress.step:
                 self.loader.consumed = self.progress.step * self.rows
                 self._save()
@@ -243,8 +259,8 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
             raise MMError(
-                f"step {self.progress.step + 1}: the gradient is not finite (loss {sums}); lower train.optimizer.lr, or see "
-                f"the samples of this step: {batches[0].ids[0][:3]} …; the last checkpoint is untouched"
+                f"step {self.progress.step + 1}: the gradient is not finite (loss {sums}); lower train.optimizer.lr or "
+                f"see the samples of this step: {batches[0].ids[0][:3]} …; the last checkpoint is untouched"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -266,10 +282,14 @@ class Trainer:
             "step_tokens": tokens,
         }
 
+    def _packs_per_epoch(self) -> float:
+        train = self.splits["train"]
+        return len(train) / int(train.about["settings"]["visits"])
+
     def _epoch(self) -> float:
         consumed = (self.progress.step + 1) * self.rows
         epoch, index = self.loader.order.locate(consumed)
-        return epoch + index * self.config.data.visits / len(self.splits["train"])
+        return epoch + index / self._packs_per_epoch()
 
     def _validation_loss(self) -> float:
         assert isinstance(self.system, GenerativeSystem)
@@ -311,11 +331,17 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if "test" in self.splits and isinstance(self.system, GenerativeSystem):
-            if (self.out / "eval.json").exists():
-                saved = json.loads((self.out / "eval.json").read_text())
-                if saved.get("step") == self.progress.step:
-                    return saved
             settings = self.config.evaluation
+            about = {
+                "step": self.progress.step,
+                "seed": self.config.seed,
+                "evaluation": settings.model_dump(mode="json"),
+            }
+            if (self.out / "eval.json").exists():
+                saved: dict[str, Any] = json.loads((self.out / "eval.json").read_text())
+                if about.items() <= saved.items():
+                    self.watcher.event(f"{self.out} is complete: nothing is left to do")
+                    return saved
             self.watcher.event("evaluating on the test split")
             result = evaluate.final_evaluation(
                 self.system,
@@ -331,7 +357,7 @@ class Trainer:
                 stop=self._raise_if_stopped,
             )
             self._write_samples(settings.samples)
-            result = {"step": self.progress.step, "seed": self.config.seed, **result}
+            result = {**about, **result}
             self._write_json("eval.json", result)
         return result
 

@@ -1,4 +1,4 @@
-"""Open-Qwen2VL: packing is invisible to the loss, the parts are the published ones, pictures arrive where they belong."""
+"""Open-Qwen2VL: packing is invisible to the loss, the parts are the published ones, pictures go where they should."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from pydantic import model_validator
+
 from mm.data.layout import ImageLayout, Layout, Template
 from mm.data.media import ImageTransform
 from mm.data.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ class TemplateConfig(Section):
 
 
 class OpenQwen2VLConfig(KindSection):
-    """A vision tower, a pooling connector and a causal language model, trained on next tokens of text (2504.00595 2.2)."""
+    """A vision tower, a pooling connector and a causal language model, trained on next tokens (2504.00595 2.2)."""
 
     kind: str = "open_qwen2vl"
     vision: VisionConfig
@@ -49,7 +51,17 @@ class OpenQwen2VLConfig(KindSection):
             ImageLayout(tokens, self.vision.patches, transform),
         )
 
-    def build(self) -> "OpenQwen2VL":
+    @model_validator(mode="after")
+    def _pools_and_does_not_stretch(self) -> "OpenQwen2VLConfig":
+        tokens = getattr(self.connector, "tokens", 0)
+        if tokens > self.vision.patches:
+            raise ValueError(
+                f"connector.tokens {tokens} is more than the {self.vision.patches} patches of vision at "
+                f"{self.vision.image_size} pixels"
+            )
+        return self
+
+    def build(self, weights: bool = True) -> "OpenQwen2VL":
         from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 
-        return OpenQwen2VL(self)
+        return OpenQwen2VL(self, weights)

@@ -19,17 +19,17 @@ from mm.models.vision import VisionTower
 class OpenQwen2VL(GenerativeSystem):
     """See the module. Submodules `vision`, `connector`, `language` are what name patterns in configs match."""
 
-    def __init__(self, config: OpenQwen2VLConfig) -> None:
+    def __init__(self, config: OpenQwen2VLConfig, weights: bool = True) -> None:
         super().__init__()
         tokenizer = Tokenizer.load(config.language.tokenizer_name, config.language.added_tokens)
-        self.vision = VisionTower(config.vision)
+        self.vision = VisionTower(config.vision, weights)
         tokens = config.connector.tokens
         if tokens > self.vision.patches:
             raise ConfigError(
-                f"model.connector.tokens {tokens}: {config.vision.name} at {config.vision.image_size} pixels gives only "
-                f"{self.vision.patches} patches"
+                f"model.connector.tokens {tokens}: {config.vision.name} at {config.vision.image_size} pixels gives "
+                f"only {self.vision.patches} patches"
             )
-        self.language = backbone.load(config.language, len(tokenizer))
+        self.language = backbone.load(config.language, len(tokenizer), weights)
         width = self.language.get_input_embeddings().embedding_dim
         self.connector = config.connector.build(self.vision.width, width)
 

@@ -1,0 +1,84 @@
+"""Parameter groups and schedules against closed forms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mm.errors import ConfigError
+from mm.train.config import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, ParamRule
+from mm.train.params import parameter_groups
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({"vision": nn.Linear(3, 3), "language": nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))})
+
+
+def settings(rules: list[ParamRule]) -> dict[str, tuple[float, float]]:
+    groups = parameter_groups(model(), rules, 0.1)
+    return {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]}
+
+
+def test_vectors_are_not_decayed_by_default() -> None:
+    assert settings([]) == {
+        "vision.weight": (1, 0.1), "vision.bias": (1, 0), "language.0.weight": (1, 0.1), "language.0.bias": (1, 0),
+        "language.1.weight": (1, 0), "language.1.bias": (1, 0),
+    }  # fmt: skip
+
+
+def test_later_rules_override_field_by_field() -> None:
+    rules = [
+        ParamRule(match="vision.*", freeze=True),
+        ParamRule(match="vision.weight", freeze=False, lr_scale=0.1),
+        ParamRule(match=".*bias", weight_decay=0.5),
+    ]
+    found = settings(rules)
+    assert "vision.bias" not in found
+    assert found["vision.weight"] == (0.1, 0.1) and found["language.0.bias"] == (1, 0.5)
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    net = model()
+    parameter_groups(net, [ParamRule(match="vision.*", freeze=True)], 0.0)
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["vision.weight", "vision.bias"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'visoin\..*' matches no parameter; names start with language, vision"):
+        settings([ParamRule(match="visoin.*", freeze=True)])
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        settings([ParamRule(match=".*", freeze=True)])
+
+
+@pytest.mark.parametrize("kind", [CosineConfig, LinearConfig, ConstantConfig])
+def test_schedules(kind: type) -> None:
+    schedule = kind(warmup=0.1, final=0.2)
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1)
+    assert all(b > a for a, b in itertools.pairwise(factors[:10]))
+    assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
+    progress = (55 - 10) / 90
+    expected = {
+        CosineConfig: 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * progress)),
+        LinearConfig: 0.2 + 0.8 * (1 - progress),
+        ConstantConfig: 1.0,
+    }
+    assert factors[55] == pytest.approx(expected[kind])
+    assert kind(warmup=10).factor(4, 100) == pytest.approx(0.5)  # steps, not a share
+
+
+def test_adamw_is_torchs() -> None:
+    """Fused, with our groups, against torch's plain loop on one parameter."""
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.randn(4, 4)), None
+    b = nn.Parameter(a.detach().clone())
+    ours = AdamWConfig(lr=1e-2, weight_decay=0.1).build([{"params": [a], "names": ["a"], "weight_decay": 0.1}])
+    theirs = torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1, foreach=False, fused=False)
+    for _ in range(5):
+        gradient = torch.randn(4, 4)
+        a.grad, b.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,283 @@
+"""The trainer: the split of a step changes nothing, a killed run goes on bit for bit, a save is whole or absent."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mm.config import RunConfig, load_config
+from mm.errors import CheckpointError, ConfigError
+from mm.train import checkpoint
+from mm.train.metrics import MetricsLog, read_metrics
+from mm.train.trainer import Interrupted, Trainer
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def packing(self, what: str, count: int) -> None: ...
+
+    def step(self, row: dict[str, Any], steps: int) -> None:
+        self.rows.append(row)
+
+
+def run(config: RunConfig, resume: bool = False) -> tuple[Trainer, dict[str, Any]]:
+    trainer = Trainer(config, Silent())
+    return trainer, trainer.run(resume)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+NO_TEST = ("data.test=[]", "data.validation=[]")
+
+
+@pytest.fixture
+def split_runs(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    def train(micro_batch: int, optimizer: str) -> dict[str, torch.Tensor]:
+        overrides = (
+            f"train.micro_batch={micro_batch}", "train.batch_tokens=1024", "train.max_steps=3", *NO_TEST,
+            f"out={tmp_path / f'{micro_batch}'}", f"train.optimizer={optimizer}", "train.schedule.kind=constant",
+            "train.schedule.warmup=0",
+        )  # fmt: skip
+        trainer, _ = run(load_config(tiny(), overrides))
+        return {name: p.detach().clone() for name, p in trainer.system.named_parameters()}
+
+    return train
+
+
+def test_1x8_2x4_and_8x1_give_the_same_parameters(split_runs: Callable[..., dict[str, torch.Tensor]]) -> None:
+    """AdamW at eps 1e-6: at 1e-8 the zero gradient of a key bias is amplified noise (docs/design.md, decision 20)."""
+    adamw = "{kind: adamw, lr: 1e-3, eps: 1e-6}"
+    whole, half, single = (split_runs(n, adamw) for n in (8, 4, 1))
+    for name in whole:
+        for other in (half, single):
+            torch.testing.assert_close(other[name], whole[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_1x8_2x4_and_8x1_give_the_same_gradients(tiny_config: Callable[..., RunConfig]) -> None:
+    from mm.data.loader import PackedLoader
+    from mm.data.prepare import open_splits
+
+    config = tiny_config()
+    layout = config.model.layout()
+    dataset = open_splits(config.data, layout, config.seed)["train"]
+    torch.manual_seed(0)
+    system = config.model.build()
+
+    def gradients(micro_batch: int) -> torch.Tensor:
+        system.zero_grad()
+        batches = list(PackedLoader(dataset, layout, rows=micro_batch).batches(8 // micro_batch))
+        total = sum(int(system.counts(batch)["next_token"]) for batch in batches)
+        for batch in batches:
+            (system(batch).losses["next_token"] / total).backward()
+        return torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None]).double()
+
+    whole = gradients(8)
+    for micro_batch in (4, 2, 1):
+        assert float((gradients(micro_batch) - whole).norm() / whole.norm()) < 1e-6
+
+
+def test_reported_loss_is_the_mean_over_learned_tokens(tiny_config: Callable[..., RunConfig]) -> None:
+    """Step 1 against a loop over single packs with the initial weights."""
+    from mm.data.batch import collate
+    from mm.data.loader import PackOrder
+
+    trainer, _ = run(tiny_config("train.max_steps=1", "train.optimizer.lr=1e-12", *NO_TEST))
+    dataset = trainer.splits["train"]
+    order = PackOrder(dataset.index["visit"].to_numpy(), 0)
+    outputs = [trainer.system(collate([dataset.read(order[i])], trainer.layout, 128)) for i in range(4)]
+    expected = sum(float(o.losses["next_token"]) for o in outputs) / sum(int(o.counts["next_token"]) for o in outputs)
+    (row,) = read_metrics(trainer.out / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(expected, rel=1e-6)
+    assert row["loss_tokens"] == sum(int(o.counts["next_token"]) for o in outputs)
+    tokens = sum(dataset.index["tokens"][order[i]].as_py() for i in range(4))
+    assert row["tokens"] == tokens and row["pack_fill"] == pytest.approx(tokens / 512, abs=1e-5)
+
+
+def test_a_run_writes_what_the_documents_say(tiny_config: Callable[..., RunConfig]) -> None:
+    trainer, result = run(tiny_config("evaluation.every=4"))
+    out = trainer.out
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    wanted = {"step", "loss", "lr", "tokens", "tokens_per_second", "pack_fill", "data_wait", "grad_norm", "epoch"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8]
+    saved = json.loads((out / "eval.json").read_text())
+    assert saved == result
+    assert saved["match_chance"] == 1 / 4 and saved["test_items"] == 93 and 0 <= saved["match_accuracy"] <= 1
+    assert [p.name for p in checkpoint.complete(out / "checkpoints")] == ["step-00000004", "step-00000008"]
+    assert load_config(out / "config.yaml") == trainer.config
+    assert len(json.loads((out / "samples.json").read_text())) == 2
+    assert any((out / "tensorboard").iterdir())
+    # Asked again, it finds the run complete and changes nothing.
+    before = (out / "metrics.jsonl").read_bytes()
+    _, result = run(trainer.config, resume=True)
+    assert result == saved and (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_stopped_by_a_signal_and_resumed_equals_never_stopped(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """SIGINT between saves; the second part runs with another number of workers."""
+    trainer, _ = run(tiny_config(f"out={tmp_path / 'whole'}", *NO_TEST))
+
+    class StopAtSix(Silent):
+        def step(self, row: dict[str, Any], steps: int) -> None:
+            if row["step"] == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    parts = tiny_config(f"out={tmp_path / 'parts'}", *NO_TEST)
+    with pytest.raises(Interrupted, match=r"after step 6 of 8.*--resume"):
+        Trainer(parts, StopAtSix()).run()
+    resumed, _ = run(load_config(tmp_path / "parts/config.yaml", ("data.workers=1", "data.test=[]")), resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for (name, a), (_, b) in zip(resumed.system.named_parameters(), trainer.system.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+KILLED = """
+import os, signal, sys
+import mm.train.checkpoint as checkpoint
+from mm.cli import main
+calls, kill_at = 0, int(sys.argv[1])
+real = checkpoint._fsync
+def fsync(path):
+    global calls
+    calls += 1
+    if calls == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path)
+checkpoint._fsync = fsync
+import mm.train.trainer as trainer
+step = trainer.Trainer._step
+def counted(self, batches):
+    if self.progress.step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batches)
+trainer.Trainer._step = counted
+raise SystemExit(main(sys.argv[3:]))
+"""
+
+
+def test_killed_before_the_first_save_and_inside_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """SIGKILL at step 2 (nothing saved yet), inside the second save, between saves: losses are equal bit for bit."""
+    run(load_config(tiny(), (f"out={tmp_path / 'whole'}", *NO_TEST, "train.save_every=2")))
+    out = tmp_path / "killed"
+    command = ["train", str(tiny()), f"out={out}", *NO_TEST, "train.save_every=2", "--resume"]
+    for fsync, step in (("-1", "1"), ("5", "-1"), ("-1", "5")):
+        done = subprocess.run([sys.executable, "-c", KILLED, fsync, step, *command], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.complete(out / "checkpoints")[-1].name == "step-00000004"
+    run(load_config(tiny(), (f"out={out}", *NO_TEST, "train.save_every=2")), resume=True)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(*NO_TEST)
+    real, calls = checkpoint.dcp.save, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            real(*args, **kwargs)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(config)
+    folder = Path(config.out) / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    run(config, resume=True)
+    assert len(losses(Path(config.out))) == 8
+
+
+def test_dcp_errors_come_back_as_the_os_error_that_they_were(tmp_path: Path) -> None:
+    """A folder that cannot be written: torch's CheckpointException is no Exception, and would pass every handler."""
+    file = tmp_path / "not-a-folder"
+    file.write_text("")
+    writer = checkpoint.HuggingFaceStorageWriter(str(file / "x"), save_distributed=True)
+    with pytest.raises(OSError):
+        checkpoint._dcp(checkpoint.dcp.save, {"a": torch.zeros(2)}, storage_writer=writer)
+
+
+def test_checkpoint_of_another_model_is_refused(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    trainer, _ = run(tiny_config("train.max_steps=1", *NO_TEST))
+    (saved,) = checkpoint.complete(trainer.out / "checkpoints")
+    other = tiny_config("model.language.config.intermediate_size=48").model.build()
+    with pytest.raises(CheckpointError, match=r"of another model: model\.language.*\[64, 32\], the model's \[48, 32\]"):
+        checkpoint.load(saved, other)
+    deeper = tiny_config("model.language.config.num_hidden_layers=3").model.build()
+    with pytest.raises(CheckpointError, match="is missing"):
+        checkpoint.load(saved, deeper)
+
+
+def test_checkpoints_hold_no_pickle(tiny_config: Callable[..., RunConfig]) -> None:
+    trainer, _ = run(tiny_config("train.max_steps=1", *NO_TEST))
+    (saved,) = checkpoint.complete(trainer.out / "checkpoints")
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
+
+
+def test_an_existing_run_is_not_overwritten(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config("train.max_steps=1", *NO_TEST)
+    run(config)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(config)
+    with pytest.raises(CheckpointError, match=r"cannot resume with another train\.batch_tokens"):
+        run(tiny_config("train.max_steps=1", "train.batch_tokens=1024", *NO_TEST), resume=True)
+    run(tiny_config("train.max_steps=2", *NO_TEST), resume=True)
+    assert len(losses(Path(config.out))) == 2
+
+
+def test_a_foreign_folder_is_not_written_to(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not empty and not a run"):
+        run(tiny_config(f"out={tmp_path / 'mine'}"))
+
+
+def test_bf16_trains(tiny_config: Callable[..., RunConfig]) -> None:
+    trainer, _ = run(tiny_config("train.precision=bf16", "train.max_steps=6", *NO_TEST))
+    assert losses(trainer.out)[-1][1] < losses(trainer.out)[0][1]
+    assert all(p.dtype == torch.float32 for p in trainer.system.parameters())
+
+
+def test_epochs_count_passes_over_the_packed_set(tiny_config: Callable[..., RunConfig]) -> None:
+    trainer, _ = run(tiny_config("train.max_steps=null", "train.epochs=2", *NO_TEST))
+    assert trainer.steps == -(-len(trainer.splits["train"]) // 4)  # two visits are two epochs
+    assert read_metrics(trainer.out / "metrics.jsonl")[-1]["epoch"] == pytest.approx(2, abs=0.2)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    log = MetricsLog(tmp_path, 2)
+    log.write({"step": 3, "loss": float("nan")})
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": None}]
+
+
+def test_saved_config_is_plain_yaml(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config()
+    assert yaml.safe_load(yaml.safe_dump(config.resolved())) == config.resolved()
