@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
             "name": "timm/vit_tiny_patch16_224",
             "pretrained": False,
             "image_size": 32,
+            "crop": 0.6,
             "block": -1,
             "options": {
                 "patch_size": 8,

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm.data.layout import Layout
 from mm.data.media import decode_image
 from mm.data.packed import Pack
+from mm.data.sample import keyed_rng
 from mm.errors import DataError
 
 MODALITIES = {"text": 0, "image": 1, "audio": 2, "video": 3}
@@ -108,8 +109,11 @@ def collate(
     row_length: int,
     isolate_segments: bool = True,
     quarantine: bool = False,
+    draws: list[tuple[int, int]] | None = None,
 ) -> PackedBatch:
     """Decode media and lay packs out as rows.
+
+    `draws` is a key for each row, from which whatever is drawn in training (crops) derives; without it nothing is.
 
     A damaged picture raises `DataError`, or with `quarantine` becomes zeros in a segment without loss, in place, so
     that the order of the data never shifts.
@@ -140,8 +144,9 @@ def collate(
             if one.kind != "image" or layout.image is None:
                 raise DataError(f"{segment.id}: the model takes no {one.kind}")
             modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
+            rng = None if draws is None else keyed_rng("crop", *draws[row], one.position)
             try:
-                pixels = decode_image(one.data, layout.image.transform, segment.id)
+                pixels = decode_image(one.data, layout.image.transform, segment.id, rng)
             except DataError as error:
                 if not quarantine:
                     raise

@@ -59,11 +59,14 @@ class _Rows(Dataset[PackedBatch | DataError]):
     row_length: int
     isolate_segments: bool
     quarantine: bool
+    seed: int | None = None
+    """Of what is drawn for training, keyed by position in the sequence; None draws nothing."""
 
     def __getitem__(self, positions: Any) -> PackedBatch | DataError:
         try:
             packs = [self.dataset.read(int(self.order[position])) for position in positions]
-            return collate(packs, self.layout, self.row_length, self.isolate_segments, self.quarantine)
+            draws = None if self.seed is None else [(self.seed, position) for position in positions]
+            return collate(packs, self.layout, self.row_length, self.isolate_segments, self.quarantine, draws)
         except DataError as error:
             return error
 
@@ -100,7 +103,7 @@ class PackedLoader:
         self.order = PackOrder(dataset.index["visit"].to_numpy(), seed)
         self.consumed = 0
         row_length = dataset.about["settings"]["context_length"]
-        self._source = _Rows(dataset, self.order, layout, row_length, isolate_segments, quarantine)
+        self._source = _Rows(dataset, self.order, layout, row_length, isolate_segments, quarantine, seed)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}

@@ -27,11 +27,15 @@ class ImageHeader:
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """Pixels that an encoder expects: a square of `size`, normalised by `mean` and `std` per channel (RGB)."""
+    """Pixels that an encoder expects: a square of `size`, normalised by `mean` and `std` per channel (RGB).
+
+    In training a picture may first be cut to a drawn box of at least `crop` of its area (Szegedy et al., 1409.4842).
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop: float = 1.0
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -60,18 +64,32 @@ def probe_image(data: bytes, where: str, max_pixels: int) -> ImageHeader:
     return ImageHeader(width, height)
 
 
-def decode_image(data: bytes, transform: ImageTransform, where: str) -> np.ndarray:
-    """Encoded bytes to float32 [3, size, size]. Raises `DataError` for a damaged picture."""
+def decode_image(
+    data: bytes, transform: ImageTransform, where: str, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Encoded bytes to float32 [3, size, size]. `rng` draws the training crop; without it the whole picture is used.
+
+    Raises `DataError` for a damaged picture.
+    """
     image = _open(data, where)
     try:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.new("RGB", rgba.size, "white")
             image.paste(rgba, mask=rgba.getchannel("A"))
-        square = image.convert("RGB").resize((transform.size, transform.size), Image.Resampling.BICUBIC)
+        box = None if rng is None or transform.crop >= 1 else draw_box(image.width, image.height, transform.crop, rng)
+        square = image.convert("RGB").resize((transform.size, transform.size), Image.Resampling.BICUBIC, box)
     except Exception as error:
         raise DataError(f"{where}: the picture is damaged ({error})") from None
     pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 255.0
     mean = np.asarray(transform.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(transform.std, dtype=np.float32)[:, None, None]
     return np.ascontiguousarray((pixels - mean) / std)
+
+
+def draw_box(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) of `crop` to 1 of the area, its shape within 3:4 and 4:3 of the picture's."""
+    area, ratio = rng.uniform(crop, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    w, h = width * min(1, np.sqrt(area * ratio)), height * min(1, np.sqrt(area / ratio))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return float(left), float(top), float(left + w), float(top + h)

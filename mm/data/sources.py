@@ -50,6 +50,8 @@ class CaptionsConfig(KindSection):
     """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
     prompt: str = ""
     """Text before the caption that is read but not learned, such as `{language}: `."""
+    only: dict[str, str | list[str]] = {}
+    """Only captions with these fields: `{language: en}`, `{language: [en, de]}`."""
     captions: Literal["draw", "all"] = "draw"
     """`draw`: one of a picture's captions a visit; `all`: every caption is a sample of its own."""
 
@@ -83,11 +85,20 @@ class Captions:
         if image is None:
             raise DataError(f"{where}: no picture among {sorted(group.members)}; expected jpg, png or webp")
         meta = _meta(group, where)
-        options = tuple(self._texts(caption, meta, where) for caption in _captions(group, meta, where))
+        captions = [one for one in _captions(group, meta, where) if self._wanted(one)]
+        if not captions:
+            raise DataError(f"{where}: none of its captions has {self._config.only}")
+        options = tuple(self._texts(caption, meta, where) for caption in captions)
         picture = Media("image", group.read(image), image)
         if self._config.captions == "all" and len(options) > 1:
             return [Sample(f"{id}#{k}", (picture, *option), meta) for k, option in enumerate(options)]
         return [Sample(id, (picture, Choice(options)), meta)]
+
+    def _wanted(self, caption: dict[str, Any]) -> bool:
+        return all(
+            caption.get(field) in (value if isinstance(value, list) else [value])
+            for field, value in self._config.only.items()
+        )
 
     def _texts(self, caption: dict[str, Any], meta: dict[str, Any], where: str) -> tuple[Text, ...]:
         fields = {key: value for key, value in {**meta, **caption}.items() if value is not None}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from mm.settings import Kinds, KindSection, Section
+from mm.settings import Kinds, KindSection, Number, Section
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
@@ -42,6 +42,8 @@ class VisionConfig(Section):
     """Per channel, taken off pixels from 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, what pixels are divided by."""
+    crop: Number = Field(default=1.0, gt=0, le=1)
+    """In training, pictures are cut to a drawn box of at least this share of their area; 1: never."""
     options: dict[str, Any] = {}
     """Arguments of the timm model: `{patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}` makes a small one."""
 

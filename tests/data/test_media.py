@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from mm.data.media import ImageTransform, decode_image, probe_image
+from mm.data.media import ImageTransform, decode_image, draw_box, probe_image
+from mm.data.sample import keyed_rng
 from mm.errors import DataError
 
 TRANSFORM = ImageTransform(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -60,3 +61,26 @@ def test_cut_pictures_are_one_line_wherever_they_are_cut(format: str) -> None:
         with pytest.raises(DataError, match=r"^s/0/k: ") as caught:
             decode_image(data[:cut], TRANSFORM, "s/0/k")
         assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
+
+
+def test_crops_are_boxes_of_the_drawn_share_and_depend_on_the_key_alone() -> None:
+    boxes = [draw_box(200, 100, 0.5, keyed_rng("box", i)) for i in range(200)]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 200.001 and 0 <= top < bottom <= 100.001
+        share = (right - left) * (bottom - top) / 20000
+        assert 0.5 * 3 / 4 - 1e-6 <= share <= 1 + 1e-6
+    assert boxes[7] == draw_box(200, 100, 0.5, keyed_rng("box", 7))
+    assert len(set(boxes)) == 200
+
+
+def test_a_crop_is_pillows_resize_of_that_box() -> None:
+    noise = Image.effect_noise((80, 60), 90).convert("RGB")
+    out = io.BytesIO()
+    noise.save(out, "PNG")
+    transform = ImageTransform(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), crop=0.3)
+    box = draw_box(80, 60, 0.3, keyed_rng(1))
+    expected = np.asarray(noise.resize((16, 16), Image.Resampling.BICUBIC, box), dtype=np.float32) / 255
+    found = decode_image(out.getvalue(), transform, "x", keyed_rng(1)).transpose(1, 2, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    whole = decode_image(out.getvalue(), transform, "x").transpose(1, 2, 0)
+    np.testing.assert_allclose(whole, np.asarray(noise.resize((16, 16), 3), dtype=np.float32) / 255, atol=1e-6)

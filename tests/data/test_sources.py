@@ -173,3 +173,16 @@ def test_a_template_that_cannot_work_is_refused_with_the_config(template: str) -
 def test_a_source_is_called_by_its_folder(path: str, root: str, name: str) -> None:
     assert CaptionsConfig(path=path).build(root).name == name
     assert CaptionsConfig(path=path, name="mine").build(root).name == "mine"
+
+
+def test_only_keeps_captions_with_the_given_fields() -> None:
+
+    for only, languages in (({"language": "de"}, ["de"]), ({"language": ["fr", "en"]}, ["en", "fr"])):
+        source = CaptionsConfig(path="builtin:emoji/test-*.tar.gz", prompt="{language}", only=only).build("")
+        with Shard(source.shards()[0]) as shard:
+            for group in shard.groups():
+                (sample,) = source.samples(group)
+                assert [option[0].text for option in sample.parts[1].options] == languages  # type: ignore[union-attr]
+    nothing = CaptionsConfig(path="builtin:emoji/test-*.tar.gz", only={"language": "tlh"}).build("")
+    with Shard(nothing.shards()[0]) as shard, pytest.raises(DataError, match="none of its captions has"):
+        nothing.samples(next(shard.groups()))

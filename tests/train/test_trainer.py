@@ -98,7 +98,7 @@ def test_reported_loss_is_the_mean_over_learned_tokens(tiny_config: Callable[...
     from mm.data.batch import collate
     from mm.data.loader import PackOrder
 
-    trainer, _ = run(tiny_config("train.max_steps=1", "train.optimizer.lr=1e-12", *NO_TEST))
+    trainer, _ = run(tiny_config("train.max_steps=1", "train.optimizer.lr=1e-12", "model.vision.crop=1", *NO_TEST))
     dataset = trainer.splits["train"]
     order = PackOrder(dataset.index["visit"].to_numpy(), 0)
     outputs = [trainer.system(collate([dataset.read(order[i])], trainer.layout, 128)) for i in range(4)]
