@@ -233,7 +233,6 @@ class Trainer:
         except DataError:
             # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
             if self.progress.step:
-                self.loader.consumed = self.progress.step * self.rows
                 self._save()
             raise
         finally:
