@@ -1,5 +1,6 @@
 """A tiny layout, shards written by webdataset's own writer, and sets packed from them."""
 
+import contextlib
 import io
 import resource
 from collections.abc import Callable, Iterator
@@ -83,11 +84,22 @@ def pack() -> Callable[..., PackedDataset]:
 
 
 @pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
-    """After `file_size_limit(n)` no file grows past n bytes: writing fails as on a full disk, until the test ends."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def file_size_limit() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Within `with file_size_limit(n)` no file grows past n bytes: writing fails as on a full disk.
+
+    Not for a whole test: the limit is the process's, so pytest's own output, sent to a long log, would fail as well.
+    """
+
+    @contextlib.contextmanager
+    def limit(most: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 LANGUAGES = ("en", "de", "ja")

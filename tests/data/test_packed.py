@@ -1,6 +1,7 @@
 """Packed sets on disk: readable by plain webdataset, the same bytes every time, whole or not there, and refused when
 they are damaged or made for another model."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -354,12 +355,11 @@ def test_a_full_disk_leaves_nothing_but_an_error(
     tmp_path: Path,
     layout: Layout,
     pack: Callable[..., PackedDataset],
-    file_size_limit: Callable[[int], None],
+    file_size_limit: Callable[[int], contextlib.AbstractContextManager[None]],
     most: int,
 ) -> None:
     """Writing fails in the plan, in the first pack and later: always an OSError that names where."""
-    file_size_limit(most)
-    with pytest.raises(OSError, match="File too large") as caught:
+    with file_size_limit(most), pytest.raises(OSError, match="File too large") as caught:
         pack("{root}/*.tar", tmp_path / "deep" / "train", layout, root=str(raw))
     assert caught.value.filename == str(tmp_path / "deep" / "train")
     assert not list((tmp_path / "deep").iterdir())

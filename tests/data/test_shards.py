@@ -1,5 +1,6 @@
 """Shards in: we read what plain webdataset reads, and no input, hostile or cut, gives more than one clear error."""
 
+import contextlib
 import gzip
 import io
 import re
@@ -277,10 +278,11 @@ def test_expand_wants_the_root_that_it_needs() -> None:
         expand("{root}/x.tar")
 
 
-def test_full_disk_while_decompressing_names_the_disk(tmp_path: Path, file_size_limit: Callable[[int], None]) -> None:
+def test_full_disk_while_decompressing_names_the_disk(
+    tmp_path: Path, file_size_limit: Callable[[int], contextlib.AbstractContextManager[None]]
+) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes([("a.jpg", bytes(2 << 20))])))
-    file_size_limit(1 << 20)
-    with pytest.raises(OSError, match="File too large") as caught:
+    with file_size_limit(1 << 20), pytest.raises(OSError, match="File too large") as caught:
         read(path)
     assert caught.value.filename
