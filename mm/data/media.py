@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mm.errors import DataError
 
@@ -29,13 +29,15 @@ class ImageHeader:
 class ImageTransform:
     """Pixels that an encoder expects: a square of `size`, normalised by `mean` and `std` per channel (RGB).
 
-    In training a picture may first be cut to a drawn box of at least `crop` of its area (Szegedy et al., 1409.4842).
+    In training a picture may first be cut to a drawn box of at least `crop` of its area (Szegedy et al., 1409.4842),
+    and every second one mirrored (`flip`).
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop: float = 1.0
+    flip: bool = False
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -67,7 +69,7 @@ def probe_image(data: bytes, where: str, max_pixels: int) -> ImageHeader:
 def decode_image(
     data: bytes, transform: ImageTransform, where: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Encoded bytes to float32 [3, size, size]. `rng` draws the training crop; without it the whole picture is used.
+    """Encoded bytes to float32 [3, size, size]. `rng` draws crop and mirroring; without it the whole picture is used.
 
     Raises `DataError` for a damaged picture.
     """
@@ -79,6 +81,8 @@ def decode_image(
             image.paste(rgba, mask=rgba.getchannel("A"))
         box = None if rng is None or transform.crop >= 1 else draw_box(image.width, image.height, transform.crop, rng)
         square = image.convert("RGB").resize((transform.size, transform.size), Image.Resampling.BICUBIC, box)
+        if rng is not None and transform.flip and rng.random() < 0.5:
+            square = ImageOps.mirror(square)
     except Exception as error:
         raise DataError(f"{where}: the picture is damaged ({error})") from None
     pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 255.0

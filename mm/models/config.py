@@ -28,7 +28,7 @@ class SystemConfig(Protocol):
 
 
 class VisionConfig(Section):
-    """A vision tower of timm."""
+    """A vision tower of timm: a vision transformer, or a convolutional one."""
 
     name: str
     """`timm/vit_so400m_patch14_siglip_384`; a tag after a dot picks the published weights."""
@@ -38,12 +38,16 @@ class VisionConfig(Section):
     """Pictures are resized to a square of so many pixels."""
     block: int = -2
     """The block whose output is used, without the tower's final norm; -1 is the last."""
+    patch_size: int | None = Field(default=None, ge=1)
+    """Pixels along the side of a feature; by default that in `options` or in the name. Convolutional towers need it."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, taken off pixels from 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, what pixels are divided by."""
     crop: Number = Field(default=1.0, gt=0, le=1)
     """In training, pictures are cut to a drawn box of at least this share of their area; 1: never."""
+    flip: bool = False
+    """In training, every second picture is mirrored, left to right."""
     options: dict[str, Any] = {}
     """Arguments of the timm model: `{patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}` makes a small one."""
 
@@ -55,11 +59,15 @@ class VisionConfig(Section):
         return name
 
     @property
-    def patches(self) -> int:
-        """Encoder tokens of a picture, from the patch size in `options` or in the model's name."""
+    def patch(self) -> int:
+        """Pixels along the side of a feature: `patch_size`, else what `options` or the model's name say."""
         in_name = re.search(r"patch(\d+)", self.name)
-        patch = self.options.get("patch_size") or (in_name and int(in_name[1])) or 16
-        return (self.image_size // patch) ** 2
+        return int(self.patch_size or self.options.get("patch_size") or (in_name and in_name[1]) or 16)
+
+    @property
+    def patches(self) -> int:
+        """Encoder tokens of a picture."""
+        return int((self.image_size // self.patch) ** 2)
 
 
 class PoolMLPConfig(KindSection):

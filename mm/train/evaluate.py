@@ -220,22 +220,30 @@ def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int,
     )
 
 
-def match(scores: np.ndarray, items: list[Captioned], candidates: int, seed: int) -> tuple[int, int]:
-    """How many pictures pick their own caption among seeded candidates: (plain, less the captions' prior).
+def match(scores: np.ndarray, items: list[Captioned], candidates: int) -> tuple[float, float]:
+    """How many pictures pick their own caption among candidates: (plain, less the captions' prior).
 
     scores: [N, N] log p(caption j | picture i). The prior of caption j for picture i is its mean probability under all
-    other pictures. Captions equal to the true one are never its rivals.
+    other pictures. Captions equal to the true one are never its rivals. A picture counts with its chance of success
+    over all draws of its rivals: that is what drawing them again and again tends to, without the noise of one draw.
     """
-    plain = calibrated = 0
+    plain = calibrated = 0.0
     for i, item in enumerate(items):
         rivals = [j for j, other in enumerate(items) if not np.array_equal(other.caption, item.caption)]
-        drawn = keyed_rng(seed, "candidates", item.id).permutation(rivals)[: candidates - 1]
-        among = np.array([i, *drawn], dtype=int)
+        among = np.array([i, *rivals], dtype=int)
         others = np.delete(scores[:, among], i, axis=0)
         prior = np.logaddexp.reduce(others, axis=0) - math.log(len(others))
-        plain += int(np.argmax(scores[i, among]) == 0)
-        calibrated += int(np.argmax(scores[i, among] - prior) == 0)
+        plain += _chance_to_win(scores[i, among], candidates)
+        calibrated += _chance_to_win(scores[i, among] - prior, candidates)
     return plain, calibrated
+
+
+def _chance_to_win(scores: np.ndarray, candidates: int) -> float:
+    """That scores[0] beats `candidates` - 1 of the others, drawn without replacement (all, if they are fewer)."""
+    rivals = len(scores) - 1
+    drawn = min(candidates - 1, rivals)
+    beaten = int((scores[1:] < scores[0]).sum())
+    return math.comb(beaten, drawn) / math.comb(rivals, drawn)
 
 
 def final_evaluation(
@@ -274,10 +282,10 @@ def final_evaluation(
                 "set evaluation.candidates=0"
             )
         candidates = min(candidates, *(len(items) for items in groups), len(groups[0]))
-        plain = calibrated = total = 0
+        plain, calibrated, total = 0.0, 0.0, 0
         for items in groups:
             features = encode_pictures(system, layout, items, autocast)
-            hits = match(caption_scores(system, items, features, autocast, stop=stop), items, candidates, seed)
+            hits = match(caption_scores(system, items, features, autocast, stop=stop), items, candidates)
             plain, calibrated, total = plain + hits[0], calibrated + hits[1], total + len(items)
         result |= {
             "match_accuracy": calibrated / total,

@@ -84,3 +84,14 @@ def test_a_crop_is_pillows_resize_of_that_box() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6)
     whole = decode_image(out.getvalue(), transform, "x").transpose(1, 2, 0)
     np.testing.assert_allclose(whole, np.asarray(noise.resize((16, 16), 3), dtype=np.float32) / 255, atol=1e-6)
+
+
+def test_every_second_picture_is_mirrored_in_training_only() -> None:
+    noise = Image.effect_noise((24, 24), 90).convert("RGB")
+    out = io.BytesIO()
+    noise.save(out, "PNG")
+    transform = ImageTransform(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), flip=True)
+    whole = decode_image(out.getvalue(), transform, "x")
+    seen = [decode_image(out.getvalue(), transform, "x", keyed_rng("flip", i)) for i in range(100)]
+    mirrored = sum(np.array_equal(pixels, whole[:, :, ::-1]) for pixels in seen)
+    assert mirrored + sum(np.array_equal(pixels, whole) for pixels in seen) == 100 and 30 < mirrored < 70

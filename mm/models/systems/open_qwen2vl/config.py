@@ -39,7 +39,8 @@ class OpenQwen2VLConfig(KindSection):
     def layout(self) -> Layout:
         tokenizer = Tokenizer.load(self.language.tokenizer_name, self.language.added_tokens)
         tokens = self.connector.tokens
-        transform = ImageTransform(self.vision.image_size, self.vision.mean, self.vision.std, self.vision.crop)
+        vision = self.vision
+        transform = ImageTransform(vision.image_size, vision.mean, vision.std, vision.crop, vision.flip)
         template = Template(self.template.bos, self.template.eos, self.template.after_media)
         for token in (template.bos, template.eos):
             if token is not None:
