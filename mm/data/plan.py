@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm.data.layout import Layout
-from mm.data.pack import best_fit_decreasing
+from mm.data.pack import pack
 from mm.data.sample import Sample, keyed_rng
 from mm.data.shards import Group, Member, Shard, stem
 from mm.data.sources import Source, sample_id, scan
@@ -217,7 +217,7 @@ def _fits(row: dict[str, Any], settings: PackSettings, counts: dict[str, int], p
 def _pack(rows: list[dict[str, Any]], settings: PackSettings, first: int) -> np.ndarray:
     names = ["tokens", *settings.budgets]
     costs = np.array([[row[name] for name in names] for row in rows], dtype=np.int64).reshape(len(rows), len(names))
-    return first + best_fit_decreasing(costs, [settings.context_length, *settings.budgets.values()])
+    return first + pack(costs, [settings.context_length, *settings.budgets.values()])
 
 
 def group_of(row: dict[str, Any], shard: Shard) -> Group:
