@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+CHUNK = 1 << 20  # items whose bins are worked out at once
 Left = tuple[int, ...]
 """What a bin has left of each budget."""
 
@@ -50,13 +51,27 @@ def pack(costs: np.ndarray, capacities: Sequence[int]) -> np.ndarray:
         return assigned
     order = _falling(costs)
     bins = _OpenBins(tuple(int(capacity) for capacity in capacities))
+    placed: list[tuple[int, int, int]] = []  # (items, first bin, items in each bin), not yet written down
+    written = 0
     for start, stop, need, least in _runs(costs, order):
         while start < stop:
             first, last, each = bins.place(need, stop - start, least)
-            items = order[start : min(stop, start + each * (last - first))]
-            assigned[items] = first if last - first == 1 else np.repeat(np.arange(first, last), each)[: len(items)]
-            start += len(items)
+            items = min(stop - start, each * (last - first))
+            placed.append((items, first, each))
+            start += items
+        if stop - written > CHUNK or stop == len(order):
+            assigned[order[written:stop]] = _bins_of(placed)
+            written = stop
+            placed.clear()
     return assigned
+
+
+def _bins_of(placed: list[tuple[int, int, int]]) -> np.ndarray:
+    """The bin of every item of consecutive placements: `each` items to the first bin, as many to the next, …"""
+    items, first, each = np.array(placed, dtype=np.int64).T
+    starts = np.cumsum(items) - items
+    within = np.arange(items.sum()) - np.repeat(starts, items)
+    return np.repeat(first, items) + within // np.repeat(each, items)
 
 
 def _falling(costs: np.ndarray) -> np.ndarray:
@@ -70,11 +85,13 @@ def _falling(costs: np.ndarray) -> np.ndarray:
 
 
 def _runs(costs: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int, Left, Left]]:
-    """Runs of equal items in `order`: start, stop, cost, and the least of each budget that it or a later one needs."""
-    chunk = 1 << 20  # the sorted costs are never there as a whole
+    """Runs of equal items in `order`: start, stop, cost, and the least of each budget that it or a later one needs.
+
+    The sorted costs are never there as a whole.
+    """
     changes = [np.zeros(1, dtype=np.int64)]
-    for begin in range(0, len(order) - 1, chunk):
-        part = costs[order[begin : begin + chunk + 1]]
+    for begin in range(0, len(order) - 1, CHUNK):
+        part = costs[order[begin : begin + CHUNK + 1]]
         changes.append(begin + 1 + np.flatnonzero((part[1:] != part[:-1]).any(axis=1)))
     starts = np.concatenate(changes)
     needs = costs[order[starts]].astype(np.int64)

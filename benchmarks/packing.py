@@ -1,0 +1,151 @@
+"""Bin packing: time to assign, and how full the bins are.
+
+Lengths are drawn like captions (80 %) and interleaved documents (20 %), seed 0; what is longer than a row is left out.
+Peers get the same lengths. TRL's `bfd` works on tables: it is given rows of these lengths, all in one batch as its best
+case for fill, and its time includes rearranging them. Open-Qwen2VL's first-fit decreasing works tar by tar (10,000
+samples) and sums a bin anew at every look, as the paper's Algorithm 1 and the repository have it. `pip install -e
+".[bench]"` installs the peers.
+"""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Row, arguments, interleaved, release, show
+from mm.data.pack import best_fit_decreasing, pack
+
+CONTEXT = 4096
+PLACEHOLDERS = 144
+SIZE_OF_A_TAR = 10_000
+
+
+def lengths(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    captions = PLACEHOLDERS + rng.lognormal(4.0, 0.7, int(count * 0.8))
+    documents = rng.lognormal(6.6, 0.8, count - len(captions))
+    both = rng.permutation(np.concatenate([captions, documents]).astype(np.int32))
+    return both[(both > 0) & (both <= CONTEXT)]
+
+
+def with_pictures(count: int, seed: int = 0) -> np.ndarray:
+    """[N, 2] tokens and pictures: captions, interleaved documents of 1 to 9 pictures, and text."""
+    rng = np.random.default_rng(seed)
+    captions, documents = int(count * 0.6), int(count * 0.2)
+    text = count - captions - documents
+    pictures = np.concatenate([np.ones(captions), np.clip(rng.geometric(0.35, documents), 1, 9), np.zeros(text)])
+    words = np.concatenate(
+        [rng.lognormal(3.3, 0.7, captions), rng.lognormal(6.3, 0.8, documents), rng.lognormal(6.6, 0.9, text)]
+    )
+    costs = np.stack([PLACEHOLDERS * pictures + np.maximum(words, 4), pictures], axis=1).astype(np.int64)
+    return rng.permutation(costs[costs[:, 0] <= CONTEXT])
+
+
+def first_fit_decreasing_per_tar(sizes: np.ndarray) -> int:
+    """Open-Qwen2VL's bins, counted."""
+    bins_in_all = 0
+    for start in range(0, len(sizes), SIZE_OF_A_TAR):
+        bins: list[list[int]] = []
+        for size in sorted(sizes[start : start + SIZE_OF_A_TAR].tolist(), reverse=True):
+            for one in bins:
+                if sum(one) + size <= CONTEXT:
+                    one.append(size)
+                    break
+            else:
+                bins.append([size])
+        bins_in_all += len(bins)
+    return bins_in_all
+
+
+def trl_bfd(sizes: np.ndarray) -> Any:
+    """A function that packs `sizes` by TRL and gives the number of bins, or the reason why it cannot be had."""
+    try:
+        import pyarrow as pa
+        from datasets import Dataset
+        from trl.data_utils import pack_dataset
+    except ImportError as error:
+        return f"not installed ({error}); pip install trl"
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.zeros(offsets[-1], dtype=np.int32)))
+    table = Dataset(pa.table({"input_ids": tokens}))
+    return lambda: len(pack_dataset(table, CONTEXT, strategy="bfd", map_kwargs={"batch_size": len(sizes)}))
+
+
+def memory_of(count: int) -> float:
+    """MB that packing `count` lengths adds to the peak of a fresh process that already holds them."""
+    code = (
+        "import resource; from benchmarks.packing import lengths, best_fit_decreasing, CONTEXT\n"
+        f"best_fit_decreasing(lengths(1000), CONTEXT); sizes = lengths({count}).copy()\n"
+        "import ctypes; ctypes.CDLL('libc.so.6').malloc_trim(0)\n"
+        "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 2**20\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "best_fit_decreasing(sizes, CONTEXT)\n"
+        "peak = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM')) / 2**10\n"
+        "print(peak - now)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    small, large, repetitions = (20_000, 200_000, 1) if options.quick else (240_000, 10_000_000, 5)
+    rows: list[Row] = []
+
+    sizes = lengths(small)
+    bound = math.ceil(int(sizes.sum()) / CONTEXT)
+    ours = interleaved(repetitions, ours=lambda: best_fit_decreasing(sizes, CONTEXT))["ours"]
+    count = int(best_fit_decreasing(sizes, CONTEXT).max()) + 1
+    seconds: dict[str, Any] = {}
+    over: dict[str, Any] = {}
+    trl, peer = trl_bfd(sizes), "Open-Qwen2VL, first-fit decreasing per tar"
+    if callable(trl):
+        bins: dict[str, int] = {}
+        seconds[release("trl")] = interleaved(1, trl=lambda: bins.setdefault("trl", trl()))["trl"]
+        over[release("trl")] = 100 * (bins["trl"] / bound - 1)
+    else:
+        seconds["trl"] = over["trl"] = trl
+    found: dict[str, int] = {}
+    seconds[peer] = interleaved(1, ffd=lambda: found.setdefault("n", first_fit_decreasing_per_tar(sizes)))["ffd"]
+    over[peer] = 100 * (found["n"] / bound - 1)
+    case = f"{small:,} lengths"
+    rows.append({"case": case, "unit": "s", "better": "lower", "ours": ours, "peers": seconds})
+    rows.append(
+        {"case": f"{case}: bins above ceil(sum / {CONTEXT})", "unit": "%", "better": "lower",
+         "ours": 100 * (count / bound - 1), "peers": over, "limit": 0.0}
+    )  # fmt: skip
+
+    per_item = []
+    for n in [n for n in (100_000, 1_000_000, 10_000_000, 100_000_000) if n <= large * 10]:
+        many = lengths(n)
+        took = interleaved(1 if n > large else 3, ours=lambda many=many: best_fit_decreasing(many, CONTEXT))["ours"]
+        above = 100 * ((int(best_fit_decreasing(many, CONTEXT).max()) + 1) / math.ceil(int(many.sum()) / CONTEXT) - 1)
+        per_item.append(took / n)
+        rows.append({"case": f"{n:,} lengths", "unit": "s", "better": "lower", "ours": took, "peers": {}})
+        rows.append(
+            {"case": f"{n:,} lengths: bins above the bound", "unit": "%", "better": "lower", "ours": above,
+             "peers": {}, "limit": 0.0}
+        )  # fmt: skip
+    rows.append(
+        {"case": f"{large:,} lengths: memory beyond them", "unit": "MB", "better": "lower", "ours": memory_of(large),
+         "peers": {}}
+    )  # fmt: skip
+
+    costs = with_pictures(small)
+    for budget in (28, 16, 9):
+        took = interleaved(repetitions, ours=lambda b=budget: pack(costs, [CONTEXT, b]))["ours"]
+        used = int(pack(costs, [CONTEXT, budget]).max()) + 1
+        fill = float((costs.sum(axis=0) / (used * np.array([CONTEXT, budget]))).max())
+        what = f"{small:,} samples, {CONTEXT} tokens and {budget} pictures"
+        rows.append({"case": what, "unit": "s", "better": "lower", "ours": took, "peers": {}})
+        rows.append(
+            {"case": f"{what}: fill of the fuller budget", "unit": "%", "better": "higher", "ours": 100 * fill,
+             "peers": {}, "limit": 100.0}
+        )  # fmt: skip
+    show("packing", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
