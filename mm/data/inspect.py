@@ -220,7 +220,7 @@ def _quarantined(dataset: PackedDataset) -> str:
     path = dataset.folder / "quarantine.jsonl"
     if not path.exists():
         return ""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [f"{one['id']}  {one['reason']}" for one in found[:QUARANTINED_SHOWN]]
     more = len(found) - len(lines)
     return "\n".join([*lines, f"and {more} more, in {path.name}"] if more else lines)
