@@ -37,7 +37,7 @@ def interleaved(repetitions: int, **candidates: Callable[[], Any]) -> dict[str, 
 
 
 def release(package: str) -> str:
-    """`trl 0.24.0`, or the bare name where it is not installed."""
+    """Name and version, or the bare name where it is not installed."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:

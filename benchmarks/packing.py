@@ -117,12 +117,10 @@ def main() -> None:
          "ours": 100 * (count / bound - 1), "peers": over, "limit": 0.0}
     )  # fmt: skip
 
-    per_item = []
     for n in [n for n in (100_000, 1_000_000, 10_000_000, 100_000_000) if n <= large * 10]:
         many = lengths(n)
         took = interleaved(1 if n > large else 3, ours=lambda many=many: best_fit_decreasing(many, CONTEXT))["ours"]
         above = 100 * ((int(best_fit_decreasing(many, CONTEXT).max()) + 1) / math.ceil(int(many.sum()) / CONTEXT) - 1)
-        per_item.append(took / n)
         rows.append({"case": f"{n:,} lengths", "unit": "s", "better": "lower", "ours": took, "peers": {}})
         rows.append(
             {"case": f"{n:,} lengths: bins above the bound", "unit": "%", "better": "lower", "ours": above,

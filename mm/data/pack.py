@@ -40,6 +40,8 @@ def pack(costs: np.ndarray, capacities: Sequence[int]) -> np.ndarray:
     costs = np.asarray(costs)
     if costs.ndim != 2 or costs.shape[1] != len(capacities):
         raise ValueError(f"costs must be [N, {len(capacities)}], got {costs.shape}")
+    if costs.size and not np.issubdtype(costs.dtype, np.integer):
+        raise ValueError(f"costs must be integers, got {costs.dtype}")
     if costs.size and costs.min() < 0:
         raise ValueError("costs must not be negative")
     for k, capacity in enumerate(capacities):
@@ -174,7 +176,10 @@ def pack_stream(costs: Iterable[Sequence[int]], capacities: Sequence[int], windo
     """Packs of an endless stream, holding at most `window` items: yields the positions of the items of one bin.
 
     A full window is packed as a whole; the fuller half of its bins, and the one with the oldest item, leave. The rest
-    waits for better company, so no item waits longer than it takes the oldest to be there.
+    waits for better company, but every item becomes the oldest and so leaves in the end.
+
+    Raises:
+        ValueError: an item exceeds a capacity on its own.
     """
     waiting: list[tuple[int, Sequence[int]]] = []
 
@@ -186,6 +191,8 @@ def pack_stream(costs: Iterable[Sequence[int]], capacities: Sequence[int], windo
         return places
 
     for item in enumerate(costs):
+        if any(cost > capacity for cost, capacity in zip(item[1], capacities, strict=True)):
+            raise ValueError(f"item {item[0]} costs {list(item[1])}, the capacities are {list(capacities)}")
         waiting.append(item)
         if len(waiting) < window:
             continue

@@ -117,9 +117,10 @@ def test_caption_lengths_fill_their_rows(budgets: list[int], placeholders: int, 
         ([[3, 1], [5, 3]], [8, 2], r"item 1 costs \[5, 3\], the capacities are \[8, 2\]"),
         ([[-1]], [8], "negative"),
         ([[1, 2]], [8], r"\[N, 1\]"),
+        ([[1.5]], [8], "integers"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(costs: list[list[int]], limits: list[int], words: str) -> None:
+def test_what_cannot_be_packed_is_refused(costs: list[list[float]], limits: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pack(np.array(costs), limits)
 
@@ -157,3 +158,8 @@ def test_large_inputs_of_any_integer_type_give_the_same_bins() -> None:
         assert np.array_equal(bins, best_fit_decreasing(lengths.astype(kind), 4096))
     long = np.random.default_rng(0).integers(1, 1_000_000, 2000)
     assert np.bincount(best_fit_decreasing(long, 1_000_000), weights=long).max() <= 1_000_000
+
+
+def test_a_stream_names_the_item_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"item 5 costs \[9\], the capacities are \[8\]"):
+        list(pack_stream([[1], [2], [3], [4], [5], [9]], [8], window=2))
