@@ -44,6 +44,10 @@ def test_a_stage_in_the_middle() -> None:
     [
         ({"name": "timm/convnext_atto"}, r"a feature for every 32 pixels; set model.vision.patch_size"),
         ({"name": "timm/vit_tiny_patch16_224", "block": 12}, r"has 12 blocks"),
+        (
+            {"name": "timm/resnet10t", "patch_size": 32},
+            r"batch normalisation .* choose a tower with layer normalisation",
+        ),
         ({"name": "timm/vit_none"}, r"cannot be built"),
     ],
 )
