@@ -31,8 +31,8 @@ class VisionTower(nn.Module):
             raise ConfigError(f"model.vision.name {config.name}: cannot be built: {reason}") from None
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.featurizer.modules()):
             raise ConfigError(
-                f"model.vision.name {config.name}: its batch normalisation would make a picture depend on the others of "
-                "its micro-batch; choose a tower with layer normalisation, such as timm/convnext_tiny"
+                f"model.vision.name {config.name}: its batch normalisation would make a picture depend on the "
+                "others of its micro-batch; choose a tower with layer normalisation, such as timm/convnext_tiny"
             )
         blocks = list(getattr(self.featurizer, "feature_info", ()))
         if not blocks or not hasattr(self.featurizer, "forward_intermediates"):
