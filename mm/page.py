@@ -165,14 +165,14 @@ def ledger_rows(about: dict[str, Any], written: dict[str, dict[str, int]] | None
     visits = about["settings"]["visits"]
     rows = []
     for source, n in about["ledger"].items():
-        planned = (n["samples"] - n["quarantined"]) * visits
         tokens = n["segment_tokens"]
+        media = sum(n[f"{kind}_tokens"] for kind in ("image", "audio", "video"))
         sums = {
-            "(samples − quarantined) × visits = segments + too long": (
-                planned,
+            "(samples − filtered − quarantined) × visits + extra pieces = segments + too long": (
+                (n["samples"] - n["filtered"] - n["quarantined"]) * visits + n["pieces"],
                 n["segments"] + n["too_long"],
             ),
-            "text + picture tokens = segment tokens": (n["text_tokens"] + n["image_tokens"], tokens),
+            "text + media tokens = segment tokens": (n["text_tokens"] + media, tokens),
             "learned + masked tokens = segment tokens": (n["loss_tokens"] + n["masked_tokens"], tokens),
         }
         if written is not None:

@@ -71,7 +71,7 @@ def shard_case(name: str, path: Path) -> str:
         return "not UTF-8"
     if name == "too long":
         write_tar(path, [*good(2), ("900.png", picture()), ("900.txt", b"word " * 400)])
-        return "data.too_long=drop"
+        return "data.too_long=split or drop"
     if name == "no caption":
         write_tar(path, [*good(2), ("900.png", picture())])
         return "no caption"
@@ -234,12 +234,12 @@ def test_no_write_permission_is_one_line(
 def test_a_full_disk_while_packing_is_one_line(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mm.data.packed as packed
+    import mm.data.prepare as prepare
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, os.strerror(28), "packs-000000.tar")
 
-    monkeypatch.setattr(packed, "_write_shards", full)
+    monkeypatch.setattr(prepare, "write_shard", full)
     line = fails(["train", str(tiny()), f"data.cache={tmp_path / 'cache'}"], capsys)
     assert "the disk is full" in line and not list((tmp_path / "cache").rglob("*.tar"))
 

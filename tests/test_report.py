@@ -24,7 +24,9 @@ EVAL = {
     "match_accuracy_plain": 0.121, "match_chance": 1 / 32, "test_items": 222,
 }  # fmt: skip
 COUNTS = {
-    "samples": 1700, "quarantined": 10, "too_long": 5, "too_long_tokens": 900, "segments": 1685,
+    "samples": 1700, "filtered": 0, "quarantined": 10, "pieces": 0, "inserted_tokens": 0,
+    "audio": 0, "audio_tokens": 0, "video": 0, "video_tokens": 0, "too_long": 5, "too_long_tokens": 900,
+    "segments": 1685,
     "segment_tokens": 44321, "image": 1685, "image_tokens": 26960, "text_tokens": 17361, "loss_tokens": 11111,
     "masked_tokens": 33210,
 }  # fmt: skip

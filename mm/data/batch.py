@@ -4,6 +4,8 @@ Axes: B rows, L positions, N media items, n_i values of item i. Media are ragged
 native aspect ratios and clips of any length need no padding.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,14 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.audio import decode_audio
 from mm.data.layout import Layout
-from mm.data.media import decode_image
-from mm.data.packed import Pack
+from mm.data.media import Decoder, decode_image
+from mm.data.packed import Pack, PackedMedia
 from mm.data.sample import keyed_rng
+from mm.data.video import decode_video
 from mm.errors import DataError
 
 MODALITIES = {"text": 0, "image": 1, "audio": 2, "video": 3}
 IGNORE = -100
+ROWS = {
+    "input_ids": np.int64, "labels": np.int64, "segment_ids": np.int32, "position_ids": np.int64, "modality": np.uint8,
+}  # fmt: skip
 
 
 class _Tensors:
@@ -103,81 +110,164 @@ class PackedBatch(_Tensors):
         return int((self.segment_ids > 0).sum())
 
 
+Shapes = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of every array of a batch, by name."""
+Allocate = Callable[[Shapes], dict[str, np.ndarray]]
+"""New arrays, their values undefined."""
+
+
+def new_arrays(shapes: Shapes) -> dict[str, np.ndarray]:
+    return {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+@dataclass(slots=True)
+class Rows:
+    """A batch before it is tensors: plain arrays, which a worker can lay into shared memory.
+
+    `arrays`: `input_ids`, … as in `PackedBatch`, and `KIND.values`, `KIND.shapes`, … as in `MediaBatch`.
+    """
+
+    arrays: dict[str, np.ndarray]
+    ids: list[list[str]]
+    isolate_segments: bool
+    bad: tuple[tuple[str, str], ...] = ()
+
+    def batch(self) -> "PackedBatch":
+        """The same arrays as tensors, without a copy."""
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        media: dict[str, dict[str, Tensor]] = {}
+        for name in list(tensors):
+            kind, dot, column = name.partition(".")
+            if dot:
+                media.setdefault(kind, {})[column] = tensors.pop(name)
+        batches = {kind: MediaBatch(**columns) for kind, columns in media.items()}
+        return PackedBatch(**tensors, media=batches, ids=self.ids, isolate_segments=self.isolate_segments, bad=self.bad)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """How packs become rows."""
+
+    layout: Layout
+    row_length: int
+    isolate_segments: bool = True
+    quarantine: bool = False
+    """A damaged medium becomes zeros in a segment without loss, in place, so that the order of the data never shifts;
+    without it, it raises `DataError`."""
+    decoder: Decoder = "exact"
+
+
 def collate(
     packs: list[Pack],
     layout: Layout,
     row_length: int,
     isolate_segments: bool = True,
     quarantine: bool = False,
+    decoder: Decoder = "exact",
     draws: list[tuple[int, int]] | None = None,
 ) -> PackedBatch:
-    """Decode media and lay packs out as rows.
+    """Decode media and lay packs out as rows; `Pack`s without segments are rows of padding.
 
     `draws` is a key for each row, from which whatever is drawn in training (crops) derives; without it nothing is.
-
-    A damaged picture raises `DataError`, or with `quarantine` becomes zeros in a segment without loss, in place, so
-    that the order of the data never shifts.
+    Raises `DataError` for damaged media, unless they are to be quarantined in place.
     """
-    shape = (len(packs), row_length)
-    ids = np.full(shape, layout.pad, dtype=np.int64)
-    learned = np.zeros(shape, dtype=bool)
-    segment_ids = np.zeros(shape, dtype=np.int32)
-    positions = np.zeros(shape, dtype=np.int64)
-    modality = np.zeros(shape, dtype=np.uint8)
-    media: list[tuple[int, int, int, int, np.ndarray]] = []
+    return lay_out(packs, RowSettings(layout, row_length, isolate_segments, quarantine, decoder), draws).batch()
+
+
+def lay_out(
+    packs: list[Pack],
+    settings: RowSettings,
+    draws: list[tuple[int, int]] | None = None,
+    allocate: Allocate = new_arrays,
+) -> Rows:
+    """`collate`, into arrays from `allocate`, which is asked once."""
+    media: dict[str, list[tuple[int, PackedMedia]]] = {}
+    for row, pack in enumerate(packs):
+        for one in pack.media:
+            media.setdefault(one.kind, []).append((row, one))
+    where = {id(one): packs[row].segments[one.segment].id for items in media.values() for row, one in items}
+    shapes = {
+        kind: [decoded_shape(one, settings.layout, where[id(one)]) for _, one in items] for kind, items in media.items()
+    }
+    wanted: Shapes = {name: ((len(packs), settings.row_length), dtype) for name, dtype in ROWS.items()}
+    for kind, items in media.items():
+        wanted[f"{kind}.values"] = ((sum(map(math.prod, shapes[kind])),), np.float32)
+        wanted[f"{kind}.shapes"] = ((len(items), len(shapes[kind][0])), np.int64)
+        wanted[f"{kind}.offsets"] = ((len(items) + 1,), np.int64)
+        wanted |= {f"{kind}.{name}": ((len(items),), np.int64) for name in ("row", "position", "length", "cost")}
+    arrays = allocate(wanted)
+    _lay_tokens(packs, settings, arrays)
     bad: list[tuple[str, str]] = []
+    for kind, items in media.items():
+        values, offsets = arrays[f"{kind}.values"], arrays[f"{kind}.offsets"]
+        arrays[f"{kind}.shapes"][:] = shapes[kind]
+        offsets[0] = 0
+        np.cumsum(list(map(math.prod, shapes[kind])), out=offsets[1:])
+        for number, (row, one) in enumerate(items):
+            for name, value in (("row", row), ("position", one.position), ("length", one.length), ("cost", one.cost)):
+                arrays[f"{kind}.{name}"][number] = value
+            out = values[offsets[number] : offsets[number + 1]].reshape(shapes[kind][number])
+            rng = None if draws is None else keyed_rng("crop", *draws[row], one.position)
+            try:
+                decode(one, settings, where[id(one)], out, rng)
+            except DataError as error:
+                if not settings.quarantine:
+                    raise
+                bad.append((where[id(one)], str(error)))
+                out[:] = 0
+                segment = packs[row].segments[one.segment]
+                arrays["labels"][row, max(0, segment.start - 1) : segment.start + segment.length] = IGNORE
+    found = [[segment.id for segment in pack.segments] for pack in packs]
+    return Rows(arrays, found, settings.isolate_segments, tuple(bad))
+
+
+def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.ndarray]) -> None:
+    ids, labels, segment_ids, positions, modality = (arrays[name] for name in ROWS)
+    ids[:] = settings.layout.pad
+    labels[:] = IGNORE
+    for array in (segment_ids, positions, modality):
+        array[:] = 0
     for row, pack in enumerate(packs):
         n = len(pack.tokens)
-        if n > row_length:
-            raise DataError(f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {row_length}")
+        if n > settings.row_length:
+            raise DataError(
+                f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {settings.row_length}"
+            )
         ids[row, :n] = pack.tokens
         positions[row, :n] = np.arange(n)
         for number, segment in enumerate(pack.segments):
             stop = segment.start + segment.length
             segment_ids[row, segment.start : stop] = number + 1
-            if isolate_segments:
+            if settings.isolate_segments:
                 positions[row, segment.start : stop] -= segment.start
             for a, b in segment.loss:
-                learned[row, max(a, segment.start + 1) : b] = True
+                first = max(a, segment.start + 1)
+                labels[row, first - 1 : b - 1] = ids[row, first:b]
         for one in pack.media:
-            segment = pack.segments[one.segment]
-            if one.kind != "image" or layout.image is None:
-                raise DataError(f"{segment.id}: the model takes no {one.kind}")
             modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
-            rng = None if draws is None else keyed_rng("crop", *draws[row], one.position)
-            try:
-                pixels = decode_image(one.data, layout.image.transform, segment.id, rng)
-            except DataError as error:
-                if not quarantine:
-                    raise
-                bad.append((segment.id, str(error)))
-                pixels = np.zeros((3, layout.image.transform.size, layout.image.transform.size), dtype=np.float32)
-                learned[row, segment.start : segment.start + segment.length] = False
-            media.append((row, one.position, one.length, one.cost, pixels))
-    labels = np.full(shape, IGNORE, dtype=np.int64)
-    labels[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORE)
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        segment_ids=torch.from_numpy(segment_ids),
-        position_ids=torch.from_numpy(positions),
-        modality=torch.from_numpy(modality),
-        media={"image": _media_batch(media)} if media else {},
-        ids=[[segment.id for segment in pack.segments] for pack in packs],
-        isolate_segments=isolate_segments,
-        bad=tuple(bad),
-    )
 
 
-def _media_batch(items: list[tuple[int, int, int, int, np.ndarray]]) -> MediaBatch:
-    rows, positions, lengths, costs, values = zip(*items, strict=True)
-    sizes = np.array([0, *(value.size for value in values)], dtype=np.int64)
-    return MediaBatch(
-        values=torch.from_numpy(np.concatenate([value.ravel() for value in values])),
-        shapes=torch.tensor([value.shape for value in values]),
-        offsets=torch.from_numpy(np.cumsum(sizes)),
-        row=torch.tensor(rows),
-        position=torch.tensor(positions),
-        length=torch.tensor(lengths),
-        cost=torch.tensor(costs),
-    )
+def decoded_shape(media: PackedMedia, layout: Layout, where: str) -> tuple[int, ...]:
+    """[C, H, W] of a picture, [T] of a recording, [F, C, H, W] of a clip, known before decoding."""
+    if media.kind == "image" and layout.image is not None:
+        return (3, layout.image.transform.size, layout.image.transform.size)
+    if media.kind == "audio" and layout.audio is not None:
+        return (media.plan["samples"],)
+    if media.kind == "video" and layout.video is not None:
+        return (len(media.plan["times"]), 3, layout.video.transform.size, layout.video.transform.size)
+    raise DataError(f"{where}: the model takes no {media.kind}")
+
+
+def decode(
+    media: PackedMedia, settings: RowSettings, where: str, out: np.ndarray, rng: np.random.Generator | None = None
+) -> None:
+    """The float32 values of one medium into `out`. `rng` draws crops and mirroring of pictures and frames."""
+    layout = settings.layout
+    if media.kind == "image" and layout.image is not None:
+        decode_image(media.data, layout.image.transform, where, rng, settings.decoder, out)
+    elif media.kind == "audio" and layout.audio is not None:
+        span = tuple(media.plan["span"]) if "span" in media.plan else None
+        out[:] = decode_audio(media.data, layout.audio.sampling_rate, len(out), where, span)
+    elif media.kind == "video" and layout.video is not None:
+        transform, times = layout.video.transform, media.plan["times"]
+        decode_video(media.data, times, transform, where, out, rng=rng, decoder=settings.decoder)

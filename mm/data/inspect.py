@@ -4,6 +4,7 @@ The page is made from what lies on disk, not from what the packer meant: rows ar
 them, and the ledger is held against the index.
 """
 
+import io
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from mm.data.packed import Pack, PackedDataset, PackedSegment
+from mm.data.audio import decode_audio, planned_samples, probe_audio
+from mm.data.media import ImageTransform
+from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.tokenizer import Tokenizer
+from mm.data.video import decode_video
 from mm.errors import DataError
 from mm.page import histogram, ledger_rows, render, thumbnail
 
+NAMES = {"image": "images", "audio": "recordings", "video": "clips"}
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 QUARANTINED_SHOWN = 200
+SMALL = ImageTransform(96, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def summary(dataset: PackedDataset) -> dict[str, Any]:
@@ -35,7 +42,7 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
         "padding": len(dataset) * context_length - tokens,
         "fill": round(tokens / (len(dataset) * context_length), 6),
         "segments": int(_column(index, "segments").sum()),
-        "images": int(_column(index, "image").sum()),
+        **{name: int(_column(index, kind).sum()) for kind, name in NAMES.items()},
         "loss_tokens": loss_tokens,
         "loss_share": round(loss_tokens / tokens, 6),
         "segment_length": _percentiles(_segment_lengths(dataset)),
@@ -46,7 +53,7 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
 
 
 def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int = 16) -> str:
-    """One HTML page of the split with `rows` evenly spaced packs drawn. Without a tokenizer it shows no text.
+    """One HTML page of the split with `rows` packs drawn, of every source some. Without a tokenizer it shows no text.
 
     Raises `DataError` for a damaged pack and for a tokenizer that the split was not packed with.
     """
@@ -57,7 +64,7 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
             f"({about['layout']['tokenizer']}, this one is {tokenizer.fingerprint()})"
         )
     context_length = about["settings"]["context_length"]
-    shown = np.unique(np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).round().astype(int))
+    shown = _spread(dataset.source_numbers(), rows)
     packs = [_Row.of(int(number), dataset, tokenizer) for number in shown]
     step = 2 ** max(0, int(np.ceil(np.log2(context_length / 8))))
     return render(
@@ -86,6 +93,41 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
             "quarantined": _quarantined(dataset),
         },
     )
+
+
+def _spread(sources: np.ndarray, rows: int) -> np.ndarray:
+    """Evenly spaced packs of every source, as many of each as it has or its share of the rows allows."""
+    packs = [np.flatnonzero(sources == number) for number in np.unique(sources)]
+    each = max(1, rows // len(packs))
+    places = [np.unique(np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)) for mine in packs]
+    return np.concatenate([mine[place] for mine, place in zip(packs, places, strict=True)])
+
+
+def _thumbnail(media: PackedMedia) -> str | None:
+    """A picture, the first frame that is seen of a clip, or the wave of a recording; None where it cannot be read."""
+    if media.kind == "image":
+        return thumbnail(media.data, media.ext)
+    try:
+        if media.kind == "video":
+            pixels = decode_video(media.data, media.plan["times"][:1], SMALL, "")[0].transpose(1, 2, 0)
+            frame = Image.fromarray((255 * pixels).round().astype(np.uint8))
+        else:
+            span = tuple(media.plan["span"]) if "span" in media.plan else None
+            samples = planned_samples(probe_audio(media.data, "", float("inf")), 8000, span)
+            frame = _wave(decode_audio(media.data, 8000, samples, "", span))
+    except DataError:
+        return None
+    file = io.BytesIO()
+    frame.save(file, "PNG")
+    return thumbnail(file.getvalue(), "png")
+
+
+def _wave(samples: np.ndarray) -> Image.Image:
+    """The loudness of a recording over time, 64 columns wide."""
+    peaks = np.array([np.abs(part).max(initial=0) for part in np.array_split(samples, 64)])
+    heights = peaks / max(float(peaks.max()), 1e-6) * 31
+    rows = np.abs(np.arange(64) - 31.5)[:, None]
+    return Image.fromarray(np.where(rows <= heights + 0.5, 70, 255).astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +184,8 @@ class _Row:
     def of(cls, number: int, dataset: PackedDataset, tokenizer: Tokenizer | None) -> "_Row":
         pack = dataset.read(number)
         context_length = dataset.about["settings"]["context_length"]
-        pictures = [thumbnail(one.data, one.ext) if one.kind == "image" else None for one in pack.media]
-        ends = [*(one.position for one in pack.media[1:]), context_length]
+        pictures = [_thumbnail(one) for one in pack.media]
+        ends = [*(one.position for one in pack.media[1:]), context_length][: len(pack.media)]
         media = [
             _Medium(one.kind, one.position, one.length, end - one.position, uri, pack.segments[one.segment].id)
             for one, end, uri in zip(pack.media, ends, pictures, strict=True)
@@ -198,7 +240,7 @@ def _ledger(dataset: PackedDataset) -> list[dict[str, Any]]:
         "segments": "segments",
         "segment_tokens": "tokens",
         "loss_tokens": "loss_tokens",
-        "image": "image",
+        **{name: name for kind in ("image", "audio", "video") for name in (kind, f"{kind}_tokens")},
     }
     sums = dataset.index.group_by("source").aggregate([(column, "sum") for column in names.values()])
     written = {

@@ -19,7 +19,7 @@ class Template:
     """How a document is spelt: `bos` + media and text in order + `eos`."""
 
     bos: str | None
-    eos: str
+    eos: str | None
     after_media: str = ""
     """Put before text that follows media (Open-Qwen2VL: a newline)."""
 
@@ -38,22 +38,53 @@ class ImageLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class AudioLayout:
+    """A recording in the row: mono at `sampling_rate` Hz, one position every `hop` samples (at least one)."""
+
+    sampling_rate: int
+    hop: int
+
+    def count(self, samples: int) -> tuple[int, int]:
+        """(positions in the row, encoder tokens) of so many samples at `sampling_rate`."""
+        positions = max(1, -(-samples // self.hop))
+        return positions, positions
+
+
+@dataclass(frozen=True, slots=True)
+class VideoLayout:
+    """A clip in the row: `frames` pictures, evenly spaced, of `tokens` positions and `cost` encoder tokens each."""
+
+    frames: int
+    tokens: int
+    cost: int
+    transform: ImageTransform
+
+    def count(self) -> tuple[int, int]:
+        """(positions in the row, encoder tokens) of a clip."""
+        return self.frames * self.tokens, self.frames * self.cost
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """Tokenizer, template, pad id, and what media cost."""
+    """Tokenizer, template, pad id, and what media cost; a medium without a layout is one the model does not take."""
 
     tokenizer: Tokenizer
     template: Template
     pad: int
     image: ImageLayout | None = None
+    audio: AudioLayout | None = None
+    video: VideoLayout | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a packed set depends on, as it stands in its `dataset.json`."""
-        image = None if self.image is None else {"tokens": self.image.tokens, "cost": self.image.cost}
+        image, audio, video = self.image, self.audio, self.video
         return {
             "tokenizer": self.tokenizer.fingerprint(),
             "template": asdict(self.template),
             "pad": self.pad,
-            "image": image,
+            "image": image and {"tokens": image.tokens, "cost": image.cost},
+            "audio": audio and asdict(audio),
+            "video": video and {"frames": video.frames, "tokens": video.tokens, "cost": video.cost},
         }
 
     def fingerprint(self) -> str:

@@ -1,89 +1,90 @@
-"""The loader: an endless global sequence of packs, of which a run takes its next rows.
+"""The loader: an endless global sequence of packs, of which every step takes the next rows.
 
-The sequence is a pure function of (data set, seed): epoch after epoch, each a seeded permutation of one visit's packs.
-So the whole state is how many packs have been consumed, whatever the number of workers; decoding happens late, in them.
+The sequence is a pure function of (data set, seed, mixture); ranks and workers only share the work of reading it. So
+the whole state is where the sequence stands, whatever the number of either, and a run goes on from it with others.
 """
 
-import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from mm.data.batch import PackedBatch, collate
+from mm.data.batch import Allocate, PackedBatch, Rows, RowSettings, collate, lay_out, new_arrays
 from mm.data.layout import Layout
-from mm.data.packed import PackedDataset
-from mm.data.sample import keyed_rng
-from mm.errors import DataError
+from mm.data.media import Decoder
+from mm.data.mixture import Draw, Mixture, MixtureConfig, Policy, SourceInfo
+from mm.data.pack import balance
+from mm.data.packed import Pack, PackedDataset, Reader
+from mm.data.workers import run_workers
+
+EMPTY = Pack(np.empty(0, dtype=np.int32), (), ())
+"""A row of padding."""
 
 
-class PackOrder:
-    """Position in the endless sequence -> pack number.
+class _Request(NamedTuple):
+    """One batch for a worker: where its packs are (None is a row of padding) and what keys their randomness."""
 
-    Epoch e holds the packs of visit e modulo the number of visits, in an order drawn by (seed, e).
-    """
-
-    def __init__(self, visits: np.ndarray, seed: int) -> None:
-        self._packs = [np.flatnonzero(visits == visit) for visit in range(int(visits.max()) + 1)]
-        self._ends = np.cumsum([len(packs) for packs in self._packs])
-        self._seed = seed
-        self._drawn: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, index in that epoch)."""
-        rounds, rest = divmod(position, int(self._ends[-1]))
-        visit = int(np.searchsorted(self._ends, rest, side="right"))
-        return rounds * len(self._packs) + visit, rest - int(self._ends[visit - 1] if visit else 0)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, index = self.locate(position)
-        if self._drawn[0] != epoch:
-            packs = self._packs[epoch % len(self._packs)]
-            self._drawn = (epoch, keyed_rng(self._seed, "epoch", epoch).permutation(packs))
-        return int(self._drawn[1][index])
+    places: list[dict[str, Any] | None]
+    draws: list[tuple[int, int]] | None
+    after: dict[str, Any] | None
+    """The loader's state once this batch, the last of its step, has been handed out."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows(Dataset[PackedBatch | DataError]):
-    """Reads, decodes and collates the packs at some positions; runs in a worker.
+class _Make:
+    """Reads, decodes and lays out the packs of a request; runs in a worker."""
 
-    Damaged data come back as the error itself: raised in a worker it would arrive as a traceback in many lines.
+    reader: Reader
+    settings: RowSettings
+    skip: frozenset[str]
+
+    def __call__(self, request: _Request, allocate: Allocate) -> Rows:
+        packs = [EMPTY if place is None else self.reader.read(place) for place in request.places]
+        packs = [without(pack, self.skip) for pack in packs]
+        return lay_out(packs, self.settings, request.draws, allocate)
+
+
+def without(pack: Pack, skip: frozenset[str]) -> Pack:
+    """The pack with the segments of some samples blanked: their places become padding, their media are gone.
+
+    An id stands for all pieces of a sample: `web/000/7` takes `web/000/7#2` with it.
     """
-
-    dataset: PackedDataset
-    order: PackOrder | np.ndarray
-    layout: Layout
-    row_length: int
-    isolate_segments: bool
-    quarantine: bool
-    seed: int | None = None
-    """Of what is drawn for training, keyed by position in the sequence; None draws nothing."""
-
-    def __getitem__(self, positions: Any) -> PackedBatch | DataError:
-        try:
-            packs = [self.dataset.read(int(self.order[position])) for position in positions]
-            draws = None if self.seed is None else [(self.seed, position) for position in positions]
-            return collate(packs, self.layout, self.row_length, self.isolate_segments, self.quarantine, draws)
-        except DataError as error:
-            return error
+    if not skip:
+        return pack
+    kept = [n for n, segment in enumerate(pack.segments) if not {segment.id, segment.id.split("#")[0]} & skip]
+    if len(kept) == len(pack.segments):
+        return pack
+    new = {old: number for number, old in enumerate(kept)}
+    tokens = np.zeros_like(pack.tokens)
+    for segment in (pack.segments[n] for n in kept):
+        place = slice(segment.start, segment.start + segment.length)
+        tokens[place] = pack.tokens[place]
+    media = tuple(replace(one, segment=new[one.segment]) for one in pack.media if one.segment in new)
+    return Pack(tokens, tuple(pack.segments[n] for n in kept), media)
 
 
 class PackedLoader:
-    """Batches of `rows` packs from the endless sequence.
+    """Batches of packed rows from the endless global sequence.
 
-        loader = PackedLoader(dataset, layout, rows=8, seed=0)
-        for batch in loader.batches(100): ...
-        state = loader.state_dict()          # {"consumed": 800}
+        loader = PackedLoader(dataset, layout, rows=64, micro_batch=8, seed=0, workers=4)
+        for micro_batches in loader.steps(100): ...      # 8 batches of 8 rows
+        state = loader.state_dict()                      # to go on from, with any ranks and workers
 
     Args:
         dataset: a packed split; `layout` must be the one it was packed for.
-        rows: packs in a batch.
+        rows: packs in a step, over all ranks.
+        micro_batch: rows in a batch; by default all that the rank has of a step.
         seed: of the order.
+        mixture: weights of the sources; by default every epoch holds every pack once.
+        policy: sets weights at the start of steps, instead of a schedule.
+        rank, ranks: this process's part. The rows of a step go to ranks so that encoder cost is even; where they do not
+            divide, and at the end of a finite sequence, what lacks is rows of padding: all ranks have as many batches.
         workers: processes that read and decode; 0 does so in this one.
         quarantine: damaged media lose their loss in place rather than raising `DataError`.
+        decoder: `exact` or `fast`, of pictures and frames.
+        skip: ids of samples that are left out, their places turned into padding.
+        pin_memory: hand out batches in page-locked memory, for copies to a GPU beside its work.
     """
 
     def __init__(
@@ -91,60 +92,121 @@ class PackedLoader:
         dataset: PackedDataset,
         layout: Layout,
         rows: int,
+        micro_batch: int | None = None,
         seed: int = 0,
+        mixture: MixtureConfig = MixtureConfig(),  # noqa: B008
+        policy: Policy | None = None,
+        rank: int = 0,
+        ranks: int = 1,
         isolate_segments: bool = True,
         workers: int = 0,
         quarantine: bool = False,
+        decoder: Decoder = "exact",
+        skip: frozenset[str] = frozenset(),
         pin_memory: bool = False,
     ) -> None:
-        self._rows = rows
+        row_length = dataset.about["settings"]["context_length"]
+        self.rows, self.seed = rows, seed
+        self.mixture = Mixture(source_infos(dataset), mixture, seed, policy)
+        self.step = 0
+        self._dataset = dataset
+        self._costs = dataset.encoder_costs()
+        self._rank, self._ranks = rank, ranks
+        share = -(-rows // ranks)
+        self._micro_batch = min(micro_batch or share, share)
+        self.micro_batches = -(-share // self._micro_batch)
+        """Batches in a step, the same on every rank."""
         self._workers = workers
         self._pin_memory = pin_memory
-        self.order = PackOrder(dataset.index["visit"].to_numpy(), seed)
-        self.consumed = 0
-        row_length = dataset.about["settings"]["context_length"]
-        self._source = _Rows(dataset, self.order, layout, row_length, isolate_segments, quarantine, seed)
+        settings = RowSettings(layout, row_length, isolate_segments, quarantine, decoder)
+        self._make = _Make(dataset.reader, settings, skip | dataset.dropped)
+        self._state = self._current()
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence stands after the last whole step that was handed out."""
+        return self._state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.consumed = state["consumed"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.mixture.load_state_dict(state["mixture"])
+        self._state = state
+
+    def _current(self) -> dict[str, Any]:
+        return {"step": self.step, "mixture": self.mixture.state_dict()}
+
+    def steps(self, count: int) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of this rank for the next `count` steps, or until the sequence ends, on all ranks alike."""
+        micro_batches: list[PackedBatch] = []
+        for batch in self._batches(count):
+            micro_batches.append(batch)
+            if len(micro_batches) == self.micro_batches:
+                yield micro_batches
+                micro_batches = []
 
     def batches(self, count: int) -> Iterator[PackedBatch]:
-        """The next `count` batches. `consumed` counts what has been handed out, not what was read ahead."""
-        start = self.consumed
-        positions = [range(start + i * self._rows, start + (i + 1) * self._rows) for i in range(count)]
-        loader: DataLoader[PackedBatch | DataError] = DataLoader(
-            self._source,
-            sampler=positions,  # an "index" is a range of positions: one whole batch
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=4 if self._workers else None,
-            worker_init_fn=_leave_ctrl_c_to_the_trainer,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # else starting would draw from torch's global one
-        )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            self.consumed += self._rows
+        """The next `count` batches of this rank, one after the other."""
+        for number, batch in enumerate(self._batches(-(-count // self.micro_batches)), 1):
             yield batch
+            if number == count:
+                return
+
+    def _batches(self, count: int) -> Iterator[PackedBatch]:
+        self.load_state_dict(self._state)  # what an earlier call read ahead was not handed out
+        requests = (request for _ in range(count) for request in self._step())
+        if self._workers:
+            made = run_workers(self._make, requests, self._workers)
+        else:
+            made = ((request, self._make(request, new_arrays)) for request in requests)
+        for request, rows in made:
+            batch = rows.batch()
+            del rows
+            if request.after is not None:
+                self._state = request.after
+            yield batch.pin_memory() if self._pin_memory else batch
+            del batch
+
+    def _step(self) -> Iterator[_Request]:
+        """What this rank has to make of the next step; nothing at the end of the sequence."""
+        self.mixture.start_step(self.step)
+        drawn: list[Draw] = []
+        while len(drawn) < self.rows and (draw := self.mixture.next()) is not None:
+            drawn.append(draw)
+        if not drawn:
+            return
+        self.step += 1
+        ranks = balance(self._costs[[draw.pack for draw in drawn]], self._ranks)
+        mine: list[Draw | None] = [draw for draw, rank in zip(drawn, ranks, strict=True) if rank == self._rank]
+        mine += [None] * (self.micro_batches * self._micro_batch - len(mine))
+        after = self._current()
+        for number in range(self.micro_batches):
+            part = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
+            places = [None if draw is None else self._dataset.place(draw.pack) for draw in part]
+            draws = [(self.seed, -1 if draw is None else draw.position) for draw in part]
+            yield _Request(places, draws, after if number == self.micro_batches - 1 else None)
 
 
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def source_infos(dataset: PackedDataset) -> list[SourceInfo]:
+    """The sources of a packed set, for a mixture."""
+    visit, tokens = dataset.index["visit"].to_numpy(), dataset.index["tokens"].to_numpy()
+    names = list(dataset.about["ledger"])
+    number = dataset.source_numbers()
+    visits = range(int(visit.max()) + 1)
+    return [
+        SourceInfo(name, [np.flatnonzero((number == n) & (visit == one)) for one in visits], tokens)
+        for n, name in enumerate(names)
+    ]
 
 
 def one_pass(
-    dataset: PackedDataset, layout: Layout, rows: int, isolate_segments: bool = True, quarantine: bool = False
+    dataset: PackedDataset,
+    layout: Layout,
+    rows: int,
+    isolate_segments: bool = True,
+    quarantine: bool = False,
+    decoder: Decoder = "exact",
 ) -> Iterator[PackedBatch]:
     """Every pack once, in the order on disk, `rows` at a time: for evaluation. The last batch may be smaller."""
-    order = np.arange(len(dataset))
     row_length = dataset.about["settings"]["context_length"]
-    source = _Rows(dataset, order, layout, row_length, isolate_segments, quarantine)
-    for start in range(0, len(order), rows):
-        batch = source[range(start, min(start + rows, len(order)))]
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    for start in range(0, len(dataset), rows):
+        packs = [without(dataset.read(n), dataset.dropped) for n in range(start, min(start + rows, len(dataset)))]
+        yield collate(packs, layout, row_length, isolate_segments, quarantine, decoder)

@@ -1,12 +1,14 @@
 """A Sample: one document as an ordered list of parts, before any model has been chosen.
 
-Media stay encoded bytes here; nothing in this file decodes. A part may be a `Choice`: a picture with six captions is
-one sample whose text is drawn anew at every visit, so that the picture is stored once and seen with all of them.
+Media stay encoded here, and mostly unread: nothing in this file decodes. A part may be a `Choice`: a picture with six
+captions is one sample whose text is drawn anew at every visit, so that the picture is stored once and seen with all of
+them.
 """
 
 import hashlib
+import io
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -22,12 +24,44 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """Text that is tokens already: ids of the model's own tokenizer, int32 [n]."""
+
+    ids: np.ndarray
+    loss: bool = True
+
+
+class Stored(Protocol):
+    """Bytes that lie in a shard and are read when they are asked for."""
+
+    @property
+    def size(self) -> int: ...
+    def read(self) -> bytes: ...
+    def open(self) -> BinaryIO: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Media:
-    """One picture, recording or clip as its original encoded bytes; `ext` is the file extension without a dot."""
+    """One picture, recording or clip as its original encoded bytes; `ext` is the file extension without a dot.
+
+    `span`: the part of a recording or clip that is meant, in seconds from its start; None is all of it.
+    """
 
     kind: MediaKind
-    data: bytes
+    data: bytes | Stored
     ext: str
+    span: tuple[float, float] | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else self.data.size
+
+    def read(self) -> bytes:
+        return self.data if isinstance(self.data, bytes) else self.data.read()
+
+    def open(self) -> BinaryIO:
+        """As a file, so that a header can be read without the rest."""
+        return io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data.open()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +71,7 @@ class Choice:
     options: tuple[tuple[Text, ...], ...]
 
 
-Part = Text | Media | Choice
+Part = Text | Tokens | Media | Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +82,12 @@ class Sample:
     parts: tuple[Part, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def drawn(self, seed: int, visit: int) -> tuple[Text | Media, ...]:
+    def drawn(self, seed: int, visit: int) -> tuple[Text | Tokens | Media, ...]:
         """The parts with every choice made: a pure function of (seed, visit, id).
 
         Choices walk through a seeded permutation, so n visits see each of n options once.
         """
-        parts: list[Text | Media] = []
+        parts: list[Text | Tokens | Media] = []
         for part in self.parts:
             if isinstance(part, Choice):
                 order = keyed_rng(seed, self.id).permutation(len(part.options))

@@ -1,13 +1,17 @@
-"""WebDataset shards in: which files a path names, and the members of a tar by byte range.
+"""Shards in: which files a path names, and the samples of one, member by member.
 
-A tar is read as data, never extracted: a member that is not a plain file, or whose name points outside, is refused, and
-so is a tar that ends early. Gzipped tars are decompressed once into an unlinked temporary file, so that every shard can
-be read at random.
+A shard is a tar (WebDataset) or a table (`mm.data.tables`). A tar is read as data, never extracted: a member that is
+not a plain file, or whose name points outside, is refused. Where a tar is damaged the damage is reported and reading
+goes on at the next whole header, so that one bad block does not cost the samples behind it. Gzipped tars are
+decompressed once into an unlinked temporary file.
 """
 
+import contextlib
 import glob
 import gzip
+import io
 import itertools
+import json
 import os
 import re
 import tarfile
@@ -16,14 +20,25 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, BinaryIO, Protocol
 
 from mm.data import builtin
+from mm.data.limits import Limits
+from mm.data.remote import expand_remote, is_remote
 from mm.errors import DataError
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+EXTENSIONS = re.compile(r"\.(tar|tgz|tar\.gz|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow|npy|bin)$")
 BLOCK = 512
 CHUNK = 1 << 20
+EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+MAX_EXTENDED_HEADER = 1 << 20
+MAX_EXTENDED_HEADERS = 8  # of one member
+PAX_RECORD = re.compile(rb"(\d{1,8}) [^=]{1,1000}=")
+# Python before 3.11.10 looks for `\d+ hdrcharset` in a pax header, which takes the square of the length of a number.
+LONG_NUMBER = re.compile(rb"\d{300}")
 # Media hardly compress and tars of short texts do so some twentyfold, so a shard that grows a hundredfold is made to
 # fill the disk. Small ones may grow as they like: a few samples of blank pictures compress a thousandfold.
 MAX_GROWTH = 100
@@ -31,19 +46,99 @@ ALWAYS_ALLOWED = 256 << 20
 AGAIN = "fetch or build the shard again"
 
 
-class Member(NamedTuple):
-    """Where the bytes of one tar member are: offset and size in the (decompressed) tar."""
+class _View(io.RawIOBase):
+    """A byte range of an open file as a file of its own."""
 
+    def __init__(self, handle: int, offset: int, size: int) -> None:
+        self._handle, self._offset, self._size, self._at = handle, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self._handle, max(0, min(len(buffer), self._size - self._at)), self._offset + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of a shard by offset and size, read when asked for."""
+
+    file: IO[bytes]
+    path: str
     offset: int
     size: int
 
+    def read(self) -> bytes:
+        data = self._pread(0)
+        while len(data) < self.size and (more := self._pread(len(data))):
+            data += more  # the kernel gives at most 2 GB at once
+        if len(data) != self.size:
+            raise DataError(f"{self.path}: truncated: {self.size} bytes expected at {self.offset}, {len(data)} found")
+        return data
 
-def expand(path: str, root: str = "") -> list[Path]:
+    def _pread(self, done: int) -> bytes:
+        return os.pread(self.file.fileno(), self.size - done, self.offset + done)
+
+    def open(self) -> BinaryIO:
+        return io.BufferedReader(_View(self.file.fileno(), self.offset, self.size), 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What makes one sample of a shard: the members that share a key, or a row of a table.
+
+    `members`: extension -> bytes. `fields`: the plain columns of a row; None where they are a member `json`.
+    """
+
+    shard: "Shard"
+    key: str
+    members: dict[str, Extent | bytes]
+    fields: dict[str, Any] | None = None
+
+    def read(self, ext: str) -> bytes:
+        member = self.members[ext]
+        return member if isinstance(member, bytes) else member.read()
+
+    def size(self, ext: str) -> int:
+        member = self.members[ext]
+        return len(member) if isinstance(member, bytes) else member.size
+
+
+class Shard(Protocol):
+    """One file with samples, whatever its format. Use it as a context manager."""
+
+    path: str
+    name: str
+    """As it stands in sample ids; the path's stem, unless the path is a copy's."""
+
+    def groups(self) -> Iterator[Group | DataError]:
+        """Samples in file order; a `DataError` for what could not be read, with all that can be still to come."""
+        ...
+
+    def __enter__(self) -> "Shard": ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def expand(path: str, root: str = "") -> list[str]:
     """The shards that a path names, in order.
 
     `{root}` stands for `data.root` and `~` for the home folder; `{000..127}` counts, keeping leading zeros; `*` and `?`
-    match names; `builtin:NAME/…` is a data set that ships with the package. Raises `DataError` where any of it names
-    nothing, and says which folder is missing.
+    match names; `builtin:NAME/…` is a data set that ships with the package; `s3:// gs:// hf:// http(s)://` are fetched
+    when they are read; a folder written by Hugging Face's `save_to_disk` stands for its files. Raises `DataError` where
+    any of it names nothing, and says which folder is missing.
     """
     if path.startswith("pipe:"):
         raise DataError(f"{path}: pipe: URLs run shell commands and are refused; give the files themselves")
@@ -60,20 +155,41 @@ def expand(path: str, root: str = "") -> list[Path]:
         [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)] for low, high in RANGE.findall(text)
     ]
     pieces = RANGE.split(text)[::3]
-    found: list[Path] = []
+    found: list[str] = []
     for choice in itertools.product(*alternatives):
         one = "".join(a + b for a, b in itertools.zip_longest(pieces, choice, fillvalue=""))
-        matches = [Path(match) for match in sorted(glob.glob(one))] if glob.has_magic(one) else [Path(one)]
-        if not matches:
-            raise DataError(f"{path}: no shard matches ({_missing_folder(one) or f'looked for {one}'})")
-        for shard in matches:
-            if not shard.is_file():
-                missing = "is a folder, not a tar" if shard.is_dir() else _missing_folder(one) or "does not exist"
-                raise DataError(f"{shard}: {missing}; the path in the config is {path!r}")
-        found += matches
+        found += expand_remote(one) if is_remote(one) else _local(one, path)
     if not found:
         raise DataError(f"{path}: no shard matches (a range counts from the smaller to the larger number)")
     return found
+
+
+def _local(one: str, path: str) -> list[str]:
+    """The files that `one`, an alternative of `path`, names on this machine."""
+    matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+    if not matches:
+        raise DataError(f"{path}: no shard matches ({_missing_folder(one) or f'looked for {one}'})")
+    found: list[str] = []
+    for shard in map(Path, matches):
+        if (shard / "state.json").is_file():
+            found += _saved_dataset(shard)
+        elif shard.is_file():
+            found.append(str(shard))
+        else:
+            missing = "is a folder, not a shard" if shard.is_dir() else _missing_folder(one) or "does not exist"
+            raise DataError(f"{shard}: {missing}; the path in the config is {path!r}")
+    return found
+
+
+def _saved_dataset(folder: Path) -> list[str]:
+    """The Arrow files of a Hugging Face data set written by `save_to_disk`."""
+    try:
+        names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{folder}: its state.json is not that of a saved data set ({error})") from None
+    if any(PurePosixPath(name).name != name for name in names):
+        raise DataError(f"{folder}: its state.json names files outside the folder; refused")
+    return [str(folder / name) for name in names]
 
 
 def _missing_folder(path: str) -> str | None:
@@ -86,37 +202,52 @@ def _missing_folder(path: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The members that share a key: one sample of a WebDataset."""
+class _TarInfo(tarfile.TarInfo):
+    """Refuses extended headers that are made to take memory or time, before `tarfile` reads them."""
 
-    shard: "Shard"
-    key: str
-    members: dict[str, Member]
+    def _proc_member(self, tar: Any) -> Any:
+        if self.type not in EXTENDED:
+            return super()._proc_member(tar)  # type: ignore[misc]
+        if not 0 <= self.size <= MAX_EXTENDED_HEADER:
+            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+        if self.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            start = tar.fileobj.tell()
+            _check_records(tar.fileobj.read(self.size))
+            tar.fileobj.seek(start)
+        tar.extended = getattr(tar, "extended", 0) + 1
+        try:
+            if tar.extended > MAX_EXTENDED_HEADERS:
+                raise tarfile.ReadError(f"over {MAX_EXTENDED_HEADERS} extended headers of one member")
+            return super()._proc_member(tar)  # type: ignore[misc]
+        finally:
+            tar.extended -= 1
 
-    def read(self, ext: str) -> bytes:
-        return self.shard.read(self.members[ext])
+
+def _check_records(data: bytes) -> None:
+    """Raise `ReadError` unless a pax header is a row of records: length, key=value, newline."""
+    at = 0
+    while at < len(data):
+        record = PAX_RECORD.match(data, at)
+        end = at + int(record[1]) if record else 0
+        if record is None or not record.end() < end <= len(data) or data[end - 1] != ord("\n"):
+            raise tarfile.ReadError("an extended header that makes no sense")
+        at = end
+    if LONG_NUMBER.search(data):
+        raise tarfile.ReadError("an extended header with a number of over 300 digits")
 
 
-class Shard:
-    """One tar (or tar.gz), readable by byte range. Use as a context manager, or close it."""
+class Tar:
+    """A tar or tar.gz. Yields damage as `DataError`s and goes on behind it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._file = self._open()
-
-    @property
-    def stem(self) -> str:
-        """The file's name without its extensions, as it stands in sample ids."""
-        return stem(self.path)
-
-    def _open(self) -> IO[bytes]:
-        file = open(self.path, "rb")
-        if file.read(2) != b"\x1f\x8b":
-            return file
-        file.seek(0)
-        with file:
-            return self._decompressed(file)
+        self.name = stem(path)
+        self._problem: str | None = None
+        self._file: IO[bytes] = open(path, "rb")
+        if self._file.read(2) == b"\x1f\x8b":
+            self._file.seek(0)
+            with self._file as packed:
+                self._file = self._decompressed(packed)
 
     def _decompressed(self, file: IO[bytes]) -> IO[bytes]:
         limit = max(ALWAYS_ALLOWED, MAX_GROWTH * os.fstat(file.fileno()).st_size)
@@ -129,40 +260,32 @@ class Shard:
                     plain.write(block)
             plain.flush()
         except EOFError:
-            raise DataError(f"{self.path}: truncated: the gzip stream ends early; {AGAIN}") from None
+            self._problem = f"{self.path}: truncated: the gzip stream ends early; {AGAIN}"
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{self.path}: damaged gzip stream ({error}); {AGAIN}") from None
+            self._problem = f"{self.path}: damaged gzip stream ({error}); {AGAIN}"
         except OSError as error:  # a full disk: say which
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
         return plain
 
-    def __enter__(self) -> "Shard":
+    def __enter__(self) -> "Tar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._file.close()
 
-    def read(self, member: Member) -> bytes:
-        self._file.seek(member.offset)
-        data = self._file.read(member.size)
-        if len(data) != member.size:
-            raise DataError(
-                f"{self.path}: truncated: {member.size} bytes expected at {member.offset}, {len(data)} found"
-            )
-        return data
-
-    def groups(self) -> Iterator[Group]:
-        """Samples in file order, by WebDataset's rules: the key is the name up to the first dot of its last component,
-        extensions are lower case, and names without key or extension are no samples.
+    def groups(self) -> Iterator[Group | DataError]:
+        """Samples by WebDataset's rules: the key is the name up to the first dot of its last component, extensions are
+        lower case, and names without key or extension are no samples.
 
         Unlike WebDataset this refuses a key that comes back after another one: its members would be two half samples.
         """
         seen = set[str]()
-        key, members = "", dict[str, Member]()
-        for name, member in self._members():
+        key, members, apart = "", dict[str, Extent | bytes](), False
+        for found in self._members():
+            if isinstance(found, DataError):
+                yield found
+                continue
+            name, member = found
             folder, _, base = name.rpartition("/")
             stem, _, ext = base.partition(".")
             if not stem or not ext:
@@ -171,64 +294,117 @@ class Shard:
             if this != key:
                 if members:
                     yield Group(self, key, members)
-                if this in seen:
-                    raise DataError(
+                key, members, apart = this, {}, this in seen
+                seen.add(this)
+                if apart:
+                    yield DataError(
                         f"{self.path}: the members of sample {this!r} do not stand together; "
                         "build the shard with its files sorted by name"
                     )
-                seen.add(this)
-                key, members = this, {}
+            if apart:
+                continue
             if ext in members:
-                raise DataError(f"{self.path}: sample {this!r} has two members {ext!r}")
-            members[ext] = member
+                yield DataError(f"{self.path}: sample {this!r} has two members {ext!r}")
+            else:
+                members[ext] = member
         if members:
             yield Group(self, key, members)
 
-    def _members(self) -> Iterator[tuple[str, Member]]:
+    def _members(self) -> Iterator[tuple[str, Extent] | DataError]:
+        if self._problem:
+            yield DataError(self._problem)
         size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        end = 0
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
-                for info in tar:
-                    self._check(info, size)
-                    end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                    if info.isdir():
-                        continue
-                    position = self._file.tell()
-                    yield str(PurePosixPath(info.name)), Member(info.offset_data, info.size)
-                    self._file.seek(position)
-        # tarfile lets some of these through where numbers or records in a header make no sense.
-        except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError) as error:
-            raise DataError(f"{self.path}: not a whole tar ({error}); {AGAIN}") from None
-        self._file.seek(end)
-        after = self._file.read(BLOCK)
-        if len(after) < BLOCK:
-            raise DataError(f"{self.path}: truncated: the end-of-archive mark is missing; {AGAIN}")
-        if after != bytes(BLOCK):
-            raise DataError(f"{self.path}: damaged: no tar header at byte {end}; {AGAIN}")
+        start: int | None = 0
+        while start is not None:
+            end = start  # of what makes sense
+            problem: str | None = None
+            try:
+                self._file.seek(start)
+                with tarfile.open(fileobj=self._file, mode="r:", tarinfo=_TarInfo) as tar:
+                    for info in tar:
+                        if problem := self._wrong_size(info, tar.offset, size):
+                            end = info.offset_data - BLOCK
+                            break
+                        end = tar.offset
+                        if problem := self._refusal(info):
+                            yield DataError(problem)
+                        elif not info.isdir():
+                            extent = Extent(self._file, self.path, info.offset_data, info.size)
+                            yield str(PurePosixPath(info.name)), extent
+                        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
+                    else:
+                        problem = self._ending(end, size)
+            # tarfile lets some of these through where numbers or records in a header make no sense.
+            except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError) as error:
+                problem = f"{self.path}: not a whole tar ({error}); {AGAIN}"
+            if problem is None:
+                return
+            yield DataError(problem)
+            start = self._next_header(end, size)
 
-    def _check(self, info: tarfile.TarInfo, size: int) -> None:
-        """Refuse what is not the bytes of a plain file inside a file of `size` bytes."""
+    def _ending(self, end: int, size: int) -> str | None:
+        """What is wrong with a tar whose last readable member ends at `end`, if anything."""
+        after = os.pread(self._file.fileno(), BLOCK, end)
+        if len(after) < BLOCK:
+            return f"{self.path}: truncated: the end-of-archive mark is missing; {AGAIN}"
+        if after != bytes(BLOCK):
+            return f"{self.path}: damaged: no tar header at byte {end}; {AGAIN}"
+        if self._next_header(end, size) is not None:
+            return f"{self.path}: damaged: zeros, which end a tar, at byte {end}, and more of the tar behind; {AGAIN}"
+        return None
+
+    def _next_header(self, start: int, size: int) -> int | None:
+        """The first whole tar header behind the block at `start`."""
+        at = start + BLOCK
+        while at < size:
+            chunk = os.pread(self._file.fileno(), CHUNK, at)
+            for block in range(0, len(chunk) - BLOCK + 1, BLOCK):
+                if chunk[block + 257 : block + 262] == b"ustar":
+                    with contextlib.suppress(tarfile.TarError, ValueError):
+                        tarfile.TarInfo.frombuf(chunk[block : block + BLOCK], "utf-8", "surrogateescape")
+                        return at + block
+            at += CHUNK
+        return None
+
+    def _wrong_size(self, info: tarfile.TarInfo, next_header: int, size: int) -> str | None:
+        """Why the data of a member cannot lie between its header and the next one in a file of `size` bytes, if so."""
+        if info.size < 0 or next_header < info.offset_data:
+            return f"{self.path}: damaged: member {info.name!r} has a size of {info.size} bytes; {AGAIN}"
+        end = info.offset_data + info.size if info.isreg() and not info.issparse() else next_header
+        if end > size:
+            return (
+                f"{self.path}: truncated inside member {info.name!r}: it needs {end - info.offset_data} bytes, "
+                f"{max(0, size - info.offset_data)} are left; {AGAIN}"
+            )
+        return None
+
+    def _refusal(self, info: tarfile.TarInfo) -> str | None:
+        """Why a member is not read, if so: only plain files and folders with plain names are."""
         name = info.name
         # Backslashes separate folders where the shard may have been made, or where a sample's name may end up.
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            raise DataError(f"{self.path}: member {name!r} points outside the shard; refused")
+            return f"{self.path}: member {name!r} points outside the shard; refused"
         if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name):
-            raise DataError(f"{self.path}: member {name!r}: its name is not plain UTF-8 text; refused")
+            return f"{self.path}: member {name!r}: its name is not plain UTF-8 text; refused"
         if not (info.isdir() or info.isreg()):
-            raise DataError(f"{self.path}: member {name!r} is a link or device, not a file; refused")
+            return f"{self.path}: member {name!r} is a link or device, not a file; refused"
         if info.issparse():
-            raise DataError(f"{self.path}: member {name!r} is stored sparse; refused: build the shard without --sparse")
-        if info.size < 0:
-            raise DataError(f"{self.path}: damaged: member {name!r} has a size of {info.size} bytes; {AGAIN}")
-        if info.isreg() and info.offset_data + info.size > size:
-            raise DataError(
-                f"{self.path}: truncated inside member {name!r}: it needs {info.size} bytes, "
-                f"{max(0, size - info.offset_data)} are left; {AGAIN}"
-            )
+            return f"{self.path}: member {name!r} is stored sparse; refused: build the shard without --sparse"
+        return None
 
 
-def stem(path: Path) -> str:
-    """`000.tar.gz` -> `000`. Only what makes it a tar is taken off, since other dots tell shards apart."""
-    return re.sub(r"\.(tar|tgz|tar\.gz)$", "", path.name)
+def open_shard(path: str, limits: Limits) -> Shard:
+    """A shard by its file name: a tar, or a table (`mm.data.tables`).
+
+    Raises `DataError` where nothing of it can be read.
+    """
+    if re.search(r"\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow)$", path):
+        from mm.data.tables import open_table
+
+        return open_table(path, limits)
+    return Tar(path)
+
+
+def stem(path: str) -> str:
+    """`a/000.tar.gz` -> `000`. Only what says the format is taken off, since other dots tell shards apart."""
+    return EXTENSIONS.sub("", PurePosixPath(path).name)

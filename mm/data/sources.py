@@ -1,61 +1,109 @@
 """Sources: shards of one kind in, Samples out.
 
-A source says which shards it has and turns one group of tar members into samples. What is read from the JSON is data:
-nothing in it is run, and captions are only ever text.
+A source says which shards it has and turns one group (the members of a tar that share a key, or the row of a table)
+into samples. Which file format a group comes from is `mm.data.shards`' business, so every kind reads tars, jsonl and
+parquet alike. What is read is data: nothing in it is run, and captions are only ever text.
 """
 
 import json
 import re
 import string
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import field_validator
+import numpy as np
+from pydantic import Field, field_validator
 
+from mm.data.audio import AUDIO_EXTENSIONS
+from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS
-from mm.data.sample import Choice, Media, Sample, Text
-from mm.data.shards import Group, expand
+from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Text, Tokens
+from mm.data.shards import Group, Shard, expand, open_shard
+from mm.data.tables import TokenFile
+from mm.data.video import VIDEO_EXTENSIONS
 from mm.errors import DataError
 from mm.settings import Kinds, KindSection
 
-MAX_TEXT_BYTES = 8_000_000
+MEDIA_EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
+    "image": IMAGE_EXTENSIONS,
+    "audio": AUDIO_EXTENSIONS,
+    "video": VIDEO_EXTENSIONS,
+}
+Fields = dict[str, Any]
 
 
 class Source(Protocol):
-    """What planning and writing ask of a source."""
+    """What planning asks of a source. `config` is its own, as it stands in a data set's provenance."""
 
     name: str
 
-    def shards(self) -> list[Path]: ...
+    def shards(self) -> list[str]: ...
 
-    def samples(self, group: Group) -> list[Sample]:
-        """The samples in one group of members, in a fixed order. Raises `DataError` for one that cannot be used."""
+    def open(self, path: str, limits: Limits) -> Shard:
+        """The shard in a local file."""
+        ...
+
+    def samples(self, group: Group, limits: Limits) -> list[Sample]:
+        """The samples in one group, in a fixed order. Raises `DataError` for one that cannot be used."""
         ...
 
 
-class CaptionsConfig(KindSection):
-    """Picture and caption pairs in the img2dataset layout: `KEY.jpg|png|webp` with `KEY.txt` and/or `KEY.json`.
+class FilesConfig(KindSection):
+    """What every source has."""
 
-    The JSON may hold `captions`, a list of texts or of objects with a `text` (several captions for one picture), or
-    `caption`. Without either the caption is the `.txt`.
-    """
-
-    kind: str = "captions"
     path: str
-    """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, or `builtin:emoji/train-*.tar.gz`."""
+    """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, `s3://…`, `builtin:emoji/train-*.tar.gz`. Tars, jsonl (also .gz and
+    .zst), parquet, and folders saved by Hugging Face's `datasets`."""
     name: str = ""
-    """Its name in counts and sample ids; by default the folder that the shards are in."""
-    caption: str = "{text}"
-    """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
-    prompt: str = ""
-    """Text before the caption that is read but not learned, such as `{language}: `."""
-    only: dict[str, str | list[str]] = {}
-    """Only captions with these fields: `{language: en}`, `{language: [en, de]}`."""
-    captions: Literal["draw", "all"] = "draw"
-    """`draw`: one of a picture's captions a visit; `all`: every caption is a sample of its own."""
+    """Its name in counts, mixtures and sample ids; by default the folder that the shards are in."""
+    columns: dict[str, str] = {}
+    """Where a table or JSON calls things otherwise: `{text: sentence, image: photo}`, our name first."""
 
-    @field_validator("caption", "prompt")
+
+class FilesSource:
+    """Shards by path, and the fields of their groups."""
+
+    def __init__(self, config: FilesConfig, root: str) -> None:
+        self._path, self._columns, self._root = config.path, config.columns, root
+        self.name = config.name or _folder_name(config.path.replace("{root}", root))
+
+    def shards(self) -> list[str]:
+        return expand(self._path, self._root)
+
+    def open(self, path: str, limits: Limits) -> Shard:
+        return open_shard(path, limits)
+
+    def _fields(self, group: Group, where: str, limits: Limits) -> Fields:
+        """The plain fields of a sample, by our names."""
+        fields = read_json(group, where, limits) if group.fields is None else group.fields
+        return {**fields, **{ours: fields[theirs] for ours, theirs in self._columns.items() if theirs in fields}}
+
+    def _media(self, group: Group, kind: MediaKind, where: str) -> Media:
+        """The one medium of a kind in a group: in a tar by its extension, in a table by its column."""
+        names = [ext for ext in MEDIA_EXTENSIONS[kind] if ext in group.members]
+        if not names and group.fields is not None:
+            column = self._columns.get(kind)
+            names = [
+                name
+                for name in group.members
+                if name.rpartition(".")[2] in MEDIA_EXTENSIONS[kind] and column in (None, name.rpartition(".")[0])
+            ]
+        if not names:
+            found, expected = shortened(sorted(group.members)), ", ".join(MEDIA_EXTENSIONS[kind])
+            raise DataError(f"{where}: no {kind} among {found}; expected {expected}")
+        return Media(kind, group.members[names[0]], names[0].rpartition(".")[2])
+
+
+class TextTemplates(FilesConfig):
+    """The texts of a sample, spelt from its fields."""
+
+    prompt: str = ""
+    """Text before it that is read but not learned, such as `{language}: `."""
+    only: dict[str, str | list[str]] = {}
+    """Only samples or captions with these fields: `{language: en}`, `{language: [en, de]}`."""
+
+    @field_validator("caption", "text", "prompt", check_fields=False)
     @classmethod
     def _is_template(cls, template: str) -> str:
         for _, field, _, _ in string.Formatter().parse(template):
@@ -63,121 +111,272 @@ class CaptionsConfig(KindSection):
                 raise ValueError("a field in braces needs a name: {text}; literal braces are doubled: {{ }}")
         return template
 
-    def build(self, root: str) -> "Captions":
-        return Captions(self, root)
 
+class TemplatesSource(FilesSource):
+    """Fills in the templates."""
 
-class Captions:
-    """See `CaptionsConfig`."""
+    def __init__(self, config: TextTemplates, learned: str, root: str) -> None:
+        super().__init__(config, root)
+        self._prompt, self._learned, self._only = config.prompt, learned, config.only
 
-    def __init__(self, config: CaptionsConfig, root: str) -> None:
-        self._config = config
-        self._root = root
-        self.name = config.name or _folder_name(config.path.replace("{root}", root))
-
-    def shards(self) -> list[Path]:
-        return expand(self._config.path, self._root)
-
-    def samples(self, group: Group) -> list[Sample]:
-        id = sample_id(self.name, group)
-        where = f"{id} in {group.shard.path}"
-        image = next((ext for ext in IMAGE_EXTENSIONS if ext in group.members), None)
-        if image is None:
-            raise DataError(f"{where}: no picture among {sorted(group.members)}; expected jpg, png or webp")
-        meta = _meta(group, where)
-        captions = [one for one in _captions(group, meta, where) if self._wanted(one)]
-        if not captions:
-            raise DataError(f"{where}: none of its captions has {self._config.only}")
-        options = tuple(self._texts(caption, meta, where) for caption in captions)
-        picture = Media("image", group.read(image), image)
-        if self._config.captions == "all" and len(options) > 1:
-            return [Sample(f"{id}#{k}", (picture, *option), meta) for k, option in enumerate(options)]
-        return [Sample(id, (picture, Choice(options)), meta)]
-
-    def _wanted(self, caption: dict[str, Any]) -> bool:
+    def _wanted(self, fields: Fields) -> bool:
         return all(
-            caption.get(field) in (value if isinstance(value, list) else [value])
-            for field, value in self._config.only.items()
+            fields.get(name) in (value if isinstance(value, list) else [value]) for name, value in self._only.items()
         )
 
-    def _texts(self, caption: dict[str, Any], meta: dict[str, Any], where: str) -> tuple[Text, ...]:
-        fields = {key: value for key, value in {**meta, **caption}.items() if value is not None}
+    def _texts(self, fields: Fields, where: str, limits: Limits) -> tuple[Text, ...]:
+        fields = {key: value for key, value in fields.items() if value is not None}
         fields = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in fields.items()}
         try:
-            prompt, text = self._config.prompt.format(**fields), self._config.caption.format(**fields)
+            prompt, text = self._prompt.format(**fields), self._learned.format(**fields)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{where}: the caption or prompt template of its data source fails ({type(error).__name__}: {error}); "
-                f"this caption has the fields {sorted(fields)}"
+                f"{where}: the text or prompt template of its data source fails "
+                f"({type(error).__name__}: {shortened(error)}); there are the fields {shortened(sorted(fields))}"
             ) from None
-        if not text.strip():
-            raise DataError(f"{where}: the caption is empty once the template {self._config.caption!r} is filled in")
-        if found := re.search("[\0\ud800-\udfff]", prompt + text):
-            raise DataError(
-                f"{where}: the caption holds U+{ord(found[0]):04X}, which is no text (is it UTF-16?); re-encode it"
-            )
-        return (Text(prompt, loss=False), Text(text)) if prompt else (Text(text),)
+        if self._learned and not text.strip():
+            raise DataError(f"{where}: the text is empty once the template {self._learned!r} is filled in")
+        texts = tuple(part for part in (Text(prompt, loss=False), Text(text)) if part.text)
+        check_length(texts, where, limits)
+        return tuple(check_text(part, where) for part in texts)
+
+
+class CaptionsConfig(TextTemplates):
+    """Picture and caption pairs in the img2dataset layout: `KEY.jpg|png|webp` with `KEY.txt` and/or `KEY.json`.
+
+    The JSON may hold `captions`, a list of texts or of objects with a `text` (several captions for one picture), or
+    `caption`. Without either the caption is the `.txt`.
+    """
+
+    kind: str = "captions"
+    caption: str = "{text}"
+    """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
+    captions: Literal["draw", "all"] = "draw"
+    """`draw`: one of the captions a visit; `all`: every caption is a sample of its own."""
+
+    def build(self, root: str) -> "Pairs":
+        return Pairs(self, "image", root)
+
+
+class AudioConfig(CaptionsConfig):
+    """Recordings with text or labels: `KEY.flac|wav|ogg|mp3` with `KEY.txt` and/or `KEY.json`.
+
+    Captions are given as for pictures. Labels are fields of the JSON, for the template:
+    `caption: "{instrument} at {tempo} bpm"`. `caption: ""` is sound alone.
+    """
+
+    kind: str = "audio"
+
+    def build(self, root: str) -> "Pairs":
+        return Pairs(self, "audio", root)
+
+
+class VideoConfig(CaptionsConfig):
+    """Clips with text: `KEY.mp4|webm|mkv|mov|avi` with `KEY.txt` and/or `KEY.json`, captions as for pictures."""
+
+    kind: str = "video"
+    timed: bool = False
+    """Every entry of `timed` in the JSON (`{start, end, text}`, in seconds) is a sample: that part with that text."""
+
+    def build(self, root: str) -> "Pairs":
+        return Pairs(self, "video", root, self.timed)
+
+
+class Pairs(TemplatesSource):
+    """One medium and its text. See `CaptionsConfig`, `AudioConfig`, `VideoConfig`."""
+
+    def __init__(self, config: CaptionsConfig, kind: MediaKind, root: str, timed: bool = False) -> None:
+        super().__init__(config, config.caption, root)
+        self._kind, self._all, self._timed = kind, config.captions == "all", timed
+
+    def samples(self, group: Group, limits: Limits) -> list[Sample]:
+        id = sample_id(self.name, group)
+        where = f"{id} in {group.shard.path}"
+        media = self._media(group, self._kind, where)
+        fields = self._fields(group, where, limits)
+        if self._timed:
+            return [
+                Sample(
+                    f"{id}#{k}",
+                    (Media(media.kind, media.data, media.ext, span), *self._texts(one, where, limits)),
+                    fields,
+                )
+                for k, (span, one) in enumerate(_timed(fields, where))
+                if self._wanted(one)
+            ]
+        captions = [one for one in self._captions(group, fields, where, limits) if self._wanted(one)]
+        if not captions:
+            raise DataError(f"{where}: none of its captions has {self._only}")
+        options = tuple(self._texts({**fields, **caption}, where, limits) for caption in captions)
+        if self._all and len(options) > 1:
+            return [Sample(f"{id}#{k}", (media, *option), fields) for k, option in enumerate(options)]
+        return [Sample(id, (media, Choice(options)) if len(options) > 1 else (media, *options[0]), fields)]
+
+    def _captions(self, group: Group, fields: Fields, where: str, limits: Limits) -> list[Fields]:
+        """The captions as objects with a `text` that says something, if the templates ask for one."""
+        found = fields.get("captions") or fields.get("caption")
+        if not found and "txt" in group.members:
+            found = read_text(group, "txt", where, limits)
+        found = found or fields.get("text")
+        if not found:
+            if "{text" not in self._learned + self._prompt:
+                return [fields]
+            raise DataError(f"{where}: no caption; expected a .txt, or `caption` or `captions` in the .json")
+        captions = []
+        for number, one in enumerate(found if isinstance(found, list) else [found]):
+            caption = one if isinstance(one, dict) else {"text": one}
+            text = caption.get("text")
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(
+                    f"{where}: caption {number} is empty or not text; expected words, found {str(one)[:40]!r}"
+                )
+            captions.append({**caption, "text": text.strip()})
+        return captions
+
+
+def _timed(fields: Fields, where: str) -> list[tuple[tuple[float, float], Fields]]:
+    """The spans and fields of timed captions."""
+    entries = fields.get("timed")
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{where}: no `timed` captions in its JSON; expected a list of {{start, end, text}}")
+    found = []
+    for number, one in enumerate(entries):
+        try:
+            start, end = float(one["start"]), float(one["end"])
+        except (LookupError, TypeError, ValueError, OverflowError):
+            raise DataError(f"{where}: timed caption {number} has no start and end in seconds") from None
+        if not 0 <= start < end < float("inf"):
+            raise DataError(f"{where}: timed caption {number} runs from {start} to {end}; expected 0 <= start < end")
+        found.append(((start, end), {**fields, **one}))
+    return found
+
+
+class TextConfig(TextTemplates):
+    """Text: rows of jsonl or parquet with a `text`, or `.txt` members of tars."""
+
+    kind: str = "text"
+    text: str = "{text}"
+    """The text that is learned; fields of the row in braces."""
+
+    def build(self, root: str) -> "Documents":
+        return Documents(self, self.text, root)
+
+
+class Documents(TemplatesSource):
+    """See `TextConfig`."""
+
+    def samples(self, group: Group, limits: Limits) -> list[Sample]:
+        id = sample_id(self.name, group)
+        where = f"{id} in {group.shard.path}"
+        fields = self._fields(group, where, limits)
+        if "txt" in group.members:
+            fields = {**fields, "text": read_text(group, "txt", where, limits)}
+        if not self._wanted(fields):
+            return []
+        return [Sample(id, self._texts(fields, where, limits), fields)]
+
+
+class TokensConfig(FilesConfig):
+    """Text that is tokens already, made with the model's own tokenizer.
+
+    `.npy` (one row of integers) or `.bin` (raw), documents ending in `eos`; or rows of jsonl or parquet with
+    `input_ids`. The template's own begin and end of text are put around every document.
+    """
+
+    kind: str = "tokens"
+    eos: int = Field(default=0, ge=0)
+    """The id that ends a document in `.npy` and `.bin`."""
+    dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Of the numbers in `.bin`."""
+
+    def build(self, root: str) -> "TokenDocuments":
+        return TokenDocuments(self, root)
+
+
+class TokenDocuments(FilesSource):
+    """See `TokensConfig`."""
+
+    def __init__(self, config: TokensConfig, root: str) -> None:
+        super().__init__(config, root)
+        self._eos, self._dtype = config.eos, config.dtype
+
+    def open(self, path: str, limits: Limits) -> Shard:
+        return TokenFile(path, self._eos, self._dtype) if path.endswith((".npy", ".bin")) else open_shard(path, limits)
+
+    def samples(self, group: Group, limits: Limits) -> list[Sample]:
+        id = sample_id(self.name, group)
+        where = f"{id} in {group.shard.path}"
+        ids = self._fields(group, where, limits).get("input_ids")
+        if isinstance(ids, list) and {*map(type, ids)} == {int}:
+            ids = np.asarray(ids)
+        if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
+            raise DataError(f"{where}: no `input_ids`; expected a list of token ids")
+        return [Sample(id, (Tokens(ids),))]
 
 
 def sample_id(source: str, group: Group) -> str:
     """How a sample is called from here on, and what it is called when it cannot be used."""
-    return f"{source}/{group.shard.stem}/{group.key}"
+    return f"{source}/{group.shard.name}/{group.key}"
 
 
-def _read_text(group: Group, ext: str, where: str) -> str:
-    if group.members[ext].size > MAX_TEXT_BYTES:
-        raise DataError(f"{where}: its .{ext} has {group.members[ext].size} bytes, over {MAX_TEXT_BYTES}")
+def read_text(group: Group, ext: str, where: str, limits: Limits) -> str:
+    if group.size(ext) > limits.json_bytes:
+        raise DataError(f"{where}: its .{ext} has {group.size(ext)} bytes, over data.max_json_bytes")
     try:
         return group.read(ext).decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: its .{ext} is not UTF-8 (byte {error.start}); re-encode it") from None
 
 
-def _meta(group: Group, where: str) -> dict[str, Any]:
+def read_json(group: Group, where: str, limits: Limits) -> Fields:
     if "json" not in group.members:
         return {}
     try:
-        meta = json.loads(_read_text(group, "json", where))
+        fields = json.loads(read_text(group, "json", where, limits))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: its JSON cannot be read ({error})") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{where}: its JSON is a {type(meta).__name__}, expected an object")
-    return meta
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: its JSON is a {type(fields).__name__}, expected an object")
+    return fields
 
 
-def _captions(group: Group, meta: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The captions of a picture as objects with at least a `text` that says something."""
-    found = meta.get("captions") or meta.get("caption")
-    if not found and "txt" in group.members:
-        found = _read_text(group, "txt", where)
-    if not found:
-        raise DataError(f"{where}: no caption; expected a .txt, or `caption` or `captions` in the .json")
-    captions = []
-    for number, one in enumerate(found if isinstance(found, list) else [found]):
-        caption = one if isinstance(one, dict) else {"text": one}
-        text = caption.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: caption {number} is empty or not text; expected words, found {str(one)[:40]!r}")
-        captions.append({**caption, "text": text.strip()})
-    return captions
+def check_length(parts: Iterable[Part], where: str, limits: Limits) -> None:
+    length = sum(len(part.text) for part in parts if isinstance(part, Text))
+    if length > limits.text_chars:
+        raise DataError(f"{where}: {length:,} characters are more than data.max_text_chars = {limits.text_chars:,}")
+
+
+def shortened(what: object) -> str:
+    """What is quoted from a sample in an error: some of it."""
+    text = str(what)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def check_text(part: Text, where: str) -> Text:
+    if found := re.search("[\0\ud800-\udfff]", part.text):
+        raise DataError(
+            f"{where}: its text holds U+{ord(found[0]):04X}, which is no text (is it UTF-16?); re-encode it"
+        )
+    return part
 
 
 def _folder_name(path: str) -> str:
     """The innermost folder of a path that is spelt out, or else the file's own name."""
     if path.startswith("builtin:"):
         return path.removeprefix("builtin:").split("/")[0]
-    plain = [folder.name for folder in PurePosixPath(path).parents if not re.search(r"[*?\[{]", folder.name)]
+    plain = [folder.name for folder in PurePosixPath(path).parents if not re.search(r"[*?\[{:]", folder.name)]
     return next(filter(None, plain), PurePosixPath(path).name.split(".")[0])
 
 
-SOURCES = Kinds("data source", {"captions": "mm.data.sources:CaptionsConfig"})
+SOURCES = Kinds(
+    "data source",
+    {
+        "captions": "mm.data.sources:CaptionsConfig",
+        "interleaved": "mm.data.interleaved:InterleavedConfig",
+        "text": "mm.data.sources:TextConfig",
+        "audio": "mm.data.sources:AudioConfig",
+        "video": "mm.data.sources:VideoConfig",
+        "tokens": "mm.data.sources:TokensConfig",
+    },
+)
 SourceConfig = Annotated[Any, SOURCES]
-
-
-def scan(source: Source, shard_groups: Iterator[Group]) -> Iterator[tuple[Group, list[Sample] | DataError]]:
-    """Each group with its samples, or with the reason why it has none."""
-    for group in shard_groups:
-        try:
-            yield group, source.samples(group)
-        except DataError as error:
-            yield group, error

@@ -2,14 +2,16 @@
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from mm.errors import ConfigError
 from mm.settings import Kinds, KindSection, Number, Section
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
+    from mm.data.tokenizer import Tokenizer
     from mm.models.system import System
 
 
@@ -118,8 +120,104 @@ class LanguageConfig(Section):
         return cast(str, self.tokenizer or self.name)
 
 
+class TemplateConfig(Section):
+    """How a document is spelt. The defaults are Open-Qwen2VL's."""
+
+    bos: str | None = "<s>"
+    """The token that a document opens with."""
+    eos: str | None = "<|im_end|>"
+    """The token that a document ends with; always learned."""
+    pad: str = "<|endoftext|>"
+    """The token of padding and of media placeholders; never learned."""
+    after_media: str = "\n"
+    """Put before text that follows media."""
+
+    def layout(self, tokenizer: "Tokenizer", **media: Any) -> "Layout":
+        """The layout of a model with this tokenizer. Raises `DataError` where that lacks one of the tokens."""
+        from mm.data.layout import Layout, Template
+
+        for token in (self.bos, self.eos):
+            if token is not None:
+                tokenizer.id(token)
+        template = Template(self.bos, self.eos, self.after_media)
+        return Layout(tokenizer, template, tokenizer.id(self.pad), **media)
+
+
+class ImageSlots(Section):
+    """A picture in the row."""
+
+    tokens: int = Field(default=144, ge=0)
+    """Positions that it takes."""
+    cost: int = Field(default=729, ge=0)
+    """Encoder tokens (patches)."""
+    size: int = Field(default=384, ge=1)
+    """Pixels along the side of the square that the encoder sees."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    crop: Number = Field(default=1.0, gt=0, le=1)
+    """In training, pictures are cut to a drawn box of at least this share of their area; 1: never."""
+    flip: bool = False
+    """In training, every second picture is mirrored."""
+
+
+class AudioSlots(Section):
+    """A recording in the row."""
+
+    sampling_rate: int = Field(default=16_000, ge=1)
+    """Hz that recordings are resampled to, in mono."""
+    hop: int = Field(default=320, ge=1)
+    """Samples to a position of the row."""
+
+
+class VideoSlots(ImageSlots):
+    """A clip in the row: `tokens` and `cost` are those of one frame."""
+
+    frames: int = Field(default=8, ge=1)
+    """Frames of a clip, evenly spaced."""
+
+
+class LayoutConfig(KindSection):
+    """No model, only what data must know of one: packs and loads data sets of any medium, for a loop of your own."""
+
+    trains: ClassVar[bool] = False
+    kind: str = "layout"
+    tokenizer: str
+    """A folder, hub name or `builtin:emoji`."""
+    added_tokens: tuple[str, ...] = ()
+    """Special tokens to append to the tokenizer where it lacks them."""
+    template: TemplateConfig = TemplateConfig()
+    image: ImageSlots | None = None
+    audio: AudioSlots | None = None
+    video: VideoSlots | None = None
+
+    def layout(self) -> "Layout":
+        from mm.data.layout import AudioLayout, ImageLayout, VideoLayout
+        from mm.data.media import ImageTransform
+        from mm.data.tokenizer import Tokenizer
+
+        def transform(slots: ImageSlots) -> ImageTransform:
+            return ImageTransform(slots.size, slots.mean, slots.std, slots.crop, slots.flip)
+
+        image, audio, video = self.image, self.audio, self.video
+        return self.template.layout(
+            Tokenizer.load(self.tokenizer, self.added_tokens),
+            image=image and ImageLayout(image.tokens, image.cost, transform(image)),
+            audio=audio and AudioLayout(audio.sampling_rate, audio.hop),
+            video=video and VideoLayout(video.frames, video.tokens, video.cost, transform(video)),
+        )
+
+    def build(self, weights: bool = True) -> "System":
+        raise ConfigError("model.kind layout packs and loads data; it has nothing to train: choose a model")
+
+
 CONNECTORS = Kinds("connector", {"pool_mlp": "mm.models.config:PoolMLPConfig"}, default="pool_mlp")
 ConnectorConfig = Annotated[Any, CONNECTORS]
 
-SYSTEMS = Kinds("model", {"open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig"})
+SYSTEMS = Kinds(
+    "model",
+    {
+        "open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig",
+        "layout": "mm.models.config:LayoutConfig",
+    },
+)
 ModelConfig = Annotated[Any, SYSTEMS]

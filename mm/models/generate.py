@@ -4,6 +4,7 @@ import torch
 
 from mm.data.batch import collate
 from mm.data.layout import Layout
+from mm.data.limits import Limits
 from mm.data.packed import join_segments
 from mm.data.sample import Media, Text
 from mm.data.tokens import make_segment
@@ -19,7 +20,7 @@ def generate(
     prompt: str = "",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    max_pixels: int = 100_000_000,
+    limits: Limits = Limits(),  # noqa: B008
 ) -> list[str]:
     """One continuation for each picture after the prompt.
 
@@ -31,8 +32,8 @@ def generate(
         DataError: a picture cannot be read.
     """
     parts = [(picture, Text(prompt, loss=False)) for picture in pictures]
-    segments = [make_segment(p, layout, f"picture {i}", max_pixels, closed=False) for i, p in enumerate(parts)]
-    packs = [join_segments([(f"picture {i}", "", s, p)]) for i, (s, p) in enumerate(zip(segments, parts, strict=True))]
+    segments = [make_segment(p, layout, f"picture {i}", limits, closed=False) for i, p in enumerate(parts)]
+    packs = [join_segments([(f"picture {i}", "", segment)]) for i, segment in enumerate(segments)]
     device = next(system.parameters()).device
     batch = collate(packs, layout, row_length=max(len(segment) for segment in segments)).to(device)
     was_training = system.training
@@ -47,7 +48,7 @@ def generate(
             temperature=temperature or None,
             top_p=None,
             top_k=None,
-            eos_token_id=layout.tokenizer.id(layout.template.eos),
+            eos_token_id=layout.template.eos and layout.tokenizer.id(layout.template.eos),
             pad_token_id=layout.pad,
             bos_token_id=None,
         )

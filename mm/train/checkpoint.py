@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata as Bytes
 
 from mm.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "step-"
 
 

@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from mm.data.batch import PackedBatch
+from mm.data.batch import MODALITIES, PackedBatch
 from mm.data.config import Split
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader, one_pass
-from mm.data.packed import PackedDataset
+from mm.data.packed import PackedDataset, read_ids
 from mm.data.prepare import open_splits
 from mm.errors import CheckpointError, ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
@@ -38,7 +38,8 @@ from mm.train.params import parameter_groups
 
 # What may differ between a run and its continuation. Everything else decides what the numbers are.
 MAY_CHANGE = (
-    "out", "data.workers", "data.cache", "train.max_steps", "train.epochs", "train.optimizer.lr", "train.micro_batch",
+    "out", "data.workers", "data.cache", "data.remote_cache", "data.skip_ids", "train.max_steps", "train.epochs",
+    "train.optimizer.lr", "train.micro_batch",
     "train.device", "train.log_every", "train.save_every", "train.keep", "evaluation",
 )  # fmt: skip
 
@@ -70,6 +71,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     loss_tokens: int = 0
+    modalities: dict[str, int] = field(default_factory=dict)
+    """Tokens by modality."""
     seconds: float = 0.0
     bad: list[tuple[str, str]] = field(default_factory=list)
 
@@ -171,17 +174,23 @@ class Trainer:
         groups = parameter_groups(self.system, train.params, train.optimizer.weight_decay)
         self.optimizer: torch.optim.Optimizer = train.optimizer.build(groups)
         self.autocast = make_autocast(train.precision, self.device)
+        data = config.data
         self.loader = PackedLoader(
             splits["train"],
             layout,
-            rows=train.micro_batch,
+            rows=self.rows,
+            micro_batch=train.micro_batch,
             seed=config.seed,
-            isolate_segments=config.data.isolate_segments,
-            workers=config.data.workers,
-            quarantine=config.data.max_bad_fraction > 0,
+            mixture=data.mixture,
+            isolate_segments=data.isolate_segments,
+            workers=data.workers,
+            quarantine=data.max_bad_fraction > 0,
+            decoder=data.decoder,
+            skip=read_ids(data.skip_ids) if data.skip_ids else frozenset(),
             pin_memory=self.device.type == "cuda",
         )
-        self.steps = train.max_steps or math.ceil((train.epochs or 1) * self._packs_per_epoch() / self.rows)
+        self._loader_state = self.loader.state_dict()
+        self.steps = self._count_steps()
         if config.evaluation.every and "validation" not in splits:
             raise ConfigError(f"evaluation.every: {config.data.packed} has no validation split; set evaluation.every=0")
         if config.evaluation.every and not isinstance(self.system, GenerativeSystem):
@@ -198,21 +207,22 @@ class Trainer:
         state = checkpoint.load(newest, self.system, self.optimizer)
         self.progress = Progress(**state["progress"])
         self.loader.load_state_dict(state["loader"])
+        self._loader_state = state["loader"]
         self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
 
     def _train(self) -> None:
         config = self.config.train
         log = MetricsLog(self.out, self.progress.step)
-        micro_batches = self.rows // config.micro_batch
-        batches = self.loader.batches((self.steps - self.progress.step) * micro_batches)
+        steps = self.loader.steps(self.steps - self.progress.step)
         timer = _Timer()
         try:
             while self.progress.step < self.steps:
                 with timer.waiting():
-                    step_batches = [next(batches).to(self.device) for _ in range(micro_batches)]
+                    step_batches = [batch.to(self.device) for batch in next(steps)]
                 self._check_bad(step_batches)
                 row = self._step(step_batches)
                 step = self.progress.step = self.progress.step + 1
+                self._loader_state = self.loader.state_dict()
                 timer.add(row["step_tokens"])
                 last = step == self.steps
                 evaluated = self._due(step, self.config.evaluation.every)
@@ -268,6 +278,10 @@ class Trainer:
         positions = sum(batch.input_ids.numel() for batch in batches)
         self.progress.tokens += tokens
         self.progress.loss_tokens += sum(counts.values())
+        for kind, number in MODALITIES.items():
+            found = sum(int(((b.modality == number) & (b.segment_ids > 0)).sum()) for b in batches)
+            self.progress.modalities[kind] = self.progress.modalities.get(kind, 0) + found
+        sources = self.loader.state_dict()["mixture"]["sources"]
         means = {name: total / max(counts[name], 1) for name, total in sums.items()}
         return {
             "loss": sum(self.system.weights[name] * mean for name, mean in means.items()),
@@ -277,18 +291,33 @@ class Trainer:
             "epoch": round(self._epoch(), 4),
             "tokens": self.progress.tokens,
             "loss_tokens": self.progress.loss_tokens,
+            **{f"tokens/{kind}": count for kind, count in self.progress.modalities.items() if count},
+            **{f"tokens_from/{name}": one["tokens"] for name, one in sources.items() if len(sources) > 1},
             "pack_fill": round(tokens / positions, 5),
             "step_tokens": tokens,
         }
+
+    def _count_steps(self) -> int:
+        """Steps of the run: as set, or so many epochs, and no more than the mixture has packs for."""
+        train, packs = self.config.train, self._packs_per_epoch()
+        steps = train.max_steps or math.ceil((train.epochs or 1) * packs / self.rows)
+        total = self.loader.mixture.total()
+        if total is not None and steps > (most := math.ceil(total / self.rows)):
+            if train.max_steps:
+                raise ConfigError(
+                    f"train.max_steps {steps} takes {steps * self.rows:,} packs, data.mixture ends after {total:,}: "
+                    f"set at most {most} steps, or raise mixture.max_epochs"
+                )
+            return most
+        return steps
 
     def _packs_per_epoch(self) -> float:
         train = self.splits["train"]
         return len(train) / int(train.about["settings"]["visits"])
 
     def _epoch(self) -> float:
-        consumed = (self.progress.step + 1) * self.rows
-        epoch, index = self.loader.order.locate(consumed)
-        return epoch + index / self._packs_per_epoch()
+        """Passes over the packed set, by packs: with weights each source has epochs of its own."""
+        return (self.progress.step + 1) * self.rows / self._packs_per_epoch()
 
     def _validation_loss(self) -> float:
         assert isinstance(self.system, GenerativeSystem)
@@ -301,7 +330,8 @@ class Trainer:
     def _passes(self, split: Split) -> Iterator[PackedBatch]:
         data = self.config.data
         rows = self.config.evaluation.micro_batch
-        return one_pass(self.splits[split], self.layout, rows, data.isolate_segments, data.max_bad_fraction > 0)
+        quarantine = data.max_bad_fraction > 0
+        return one_pass(self.splits[split], self.layout, rows, data.isolate_segments, quarantine, data.decoder)
 
     def _check_bad(self, batches: list[PackedBatch]) -> None:
         """Count what was quarantined while loading, and end the run when it is too much."""
@@ -320,7 +350,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "loader": {"consumed": self.progress.step * self.rows},
+            "loader": self._loader_state,
             "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
             "config": self.config.resolved(),
         }
@@ -368,7 +398,7 @@ class Trainer:
         found = evaluate.caption_samples(self.system, self.layout, self.splits["test"], count, self.config.seed)
         for number, (sample, picture) in enumerate(found):
             name = f"samples/{number:04d}.{picture.ext}"
-            (self.out / name).write_bytes(picture.data)
+            (self.out / name).write_bytes(picture.read())
             rows.append({**sample, "image": name})
         self._write_json("samples.json", rows)
 

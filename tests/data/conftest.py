@@ -4,6 +4,7 @@ import contextlib
 import io
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,38 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+from pydantic import TypeAdapter
 
 from mm.data.config import DataConfig
-from mm.data.layout import ImageLayout, Layout, Template
+from mm.data.layout import AudioLayout, ImageLayout, Layout, Template, VideoLayout
+from mm.data.limits import Limits
 from mm.data.media import ImageTransform
 from mm.data.packed import PackedDataset
-from mm.data.prepare import pack_split
+from mm.data.prepare import Workers, pack_split
+from mm.data.sample import Media, Sample
+from mm.data.sources import SourceConfig
 from mm.data.tokenizer import Tokenizer
+from mm.errors import DataError
+
+LIMITS = Limits()
+ONE = Workers()
 
 
-def _layout(tokens: int = 4, cost: int = 9, tokenizer: Tokenizer | None = None, **template: Any) -> Layout:
+def _layout(
+    tokens: int = 4,
+    cost: int = 9,
+    tokenizer: Tokenizer | None = None,
+    audio: AudioLayout | None = None,
+    frames: int = 0,
+    **template: Any,
+) -> Layout:
     tokenizer = tokenizer or Tokenizer.load("builtin:emoji")
-    image = ImageLayout(tokens, cost, ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    transform = ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     spelling = Template(**{"bos": "<s>", "eos": "<|im_end|>", "after_media": "\n", **template})
-    return Layout(tokenizer, spelling, tokenizer.id("<|endoftext|>"), image)
+    video = VideoLayout(frames, tokens, cost, transform) if frames else None
+    return Layout(
+        tokenizer, spelling, tokenizer.id("<|endoftext|>"), ImageLayout(tokens, cost, transform), audio, video
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +58,12 @@ def layout() -> Layout:
 
 
 @pytest.fixture(scope="session")
+def all_media(make_layout: Callable[..., Layout]) -> Layout:
+    """Pictures as in `layout`; sound at 8 kHz, a position every 1,000 samples; clips as 3 pictures."""
+    return make_layout(audio=AudioLayout(8000, 1000), frames=3)
+
+
+@pytest.fixture(scope="session")
 def picture() -> Callable[..., bytes]:
     """An encoded picture of noise, another one for every number."""
 
@@ -49,6 +74,64 @@ def picture() -> Callable[..., bytes]:
         return file.getvalue()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sound() -> Callable[..., bytes]:
+    """An encoded recording of noise, another one for every number."""
+    soundfile = pytest.importorskip("soundfile")
+
+    def make(number: int = 0, seconds: float = 1.0, format: str = "FLAC", rate: int = 8000) -> bytes:
+        noise = np.random.default_rng(number).normal(0, 0.1, round(seconds * rate))
+        file = io.BytesIO()
+        soundfile.write(file, noise, rate, format=format)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip() -> Callable[..., bytes]:
+    """An encoded clip of noise, `frames` pictures of 32x16 at `rate` a second."""
+    av = pytest.importorskip("av")
+
+    def make(number: int = 0, frames: int = 20, rate: int = 10, format: str = "mp4") -> bytes:
+        file = io.BytesIO()
+        rng = np.random.default_rng(number)
+        with av.open(file, "w", format=format) as container:
+            stream = container.add_stream("mpeg4", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+            for _ in range(frames):
+                noise = rng.integers(0, 256, (16, 32, 3), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, "rgb24")))
+            container.mux(stream.encode())
+        return file.getvalue()
+
+    return make
+
+
+def _read(sample: Sample) -> Sample:
+    parts = (replace(one, data=one.read()) if isinstance(one, Media) else one for one in sample.parts)
+    return replace(sample, parts=tuple(parts))
+
+
+@pytest.fixture(scope="session")
+def samples_in() -> Callable[..., list[list[Sample] | DataError]]:
+    """`samples_in(path, {"kind": …})`: the samples of every group of a shard, media read, or why there are none."""
+
+    def read(path: Path, config: dict[str, Any], limits: Limits = LIMITS) -> list[list[Sample] | DataError]:
+        source = TypeAdapter(SourceConfig).validate_python({"name": "s", **config, "path": str(path)}).build("")
+        found: list[list[Sample] | DataError] = []
+        with source.open(str(path), limits) as shard:
+            for group in shard.groups():
+                try:
+                    samples = [] if isinstance(group, DataError) else source.samples(group, limits)
+                    found.append(group if isinstance(group, DataError) else list(map(_read, samples)))
+                except DataError as error:
+                    found.append(error)
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +157,14 @@ def pack() -> Callable[..., PackedDataset]:
         layout: Layout,
         source: dict[str, Any] | None = None,
         seed: int = 0,
+        workers: Workers = ONE,
         **settings: Any,
     ) -> PackedDataset:
         config = {"kind": "captions", "path": str(path), "name": "pictures", **(source or {})}
         data = DataConfig.model_validate({"sources": [config], "context_length": 64, **settings})
-        return PackedDataset(pack_split(data, "train", layout, seed, out))
+        folder = pack_split(data, "train", layout, seed, out, workers=workers)
+        assert folder is not None, "there is one slice, and it is this one"
+        return PackedDataset(folder)
 
     return run
 

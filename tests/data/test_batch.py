@@ -9,6 +9,7 @@ import torch
 
 from mm.data.batch import IGNORE, MediaBatch, PackedBatch, collate
 from mm.data.layout import Layout
+from mm.data.limits import Limits
 from mm.data.media import decode_image
 from mm.data.packed import Pack, PackedDataset, join_segments
 from mm.data.sample import Media, Text
@@ -32,8 +33,8 @@ def packs(layout: Layout, picture: Callable[..., bytes]) -> list[Pack]:
     ]
     rows = []
     for row, parts in enumerate(documents):
-        segments = [make_segment(one, layout, "s", 10**8) for one in parts]
-        items = [(f"s/{row}/{n}", "s", *both) for n, both in enumerate(zip(segments, parts, strict=True))]
+        segments = [make_segment(one, layout, "s", Limits()) for one in parts]
+        items = [(f"s/{row}/{n}", "s", segment) for n, segment in enumerate(segments)]
         rows.append(join_segments(items))
     return rows
 
@@ -62,8 +63,8 @@ def test_without_bos_no_segment_learns_its_first_token(make_layout: Callable[...
     """There is only another document before it, which it must not be predicted from."""
     bare = make_layout(bos=None)
     parts = [(Text("a cat"),), (Text("two dogs"),), (Text("x"),)]
-    segments = [make_segment(one, bare, "s", 10**8) for one in parts]
-    pack = join_segments([(f"{n}", "s", *both) for n, both in enumerate(zip(segments, parts, strict=True))])
+    segments = [make_segment(one, bare, "s", Limits()) for one in parts]
+    pack = join_segments([(f"{n}", "s", segment) for n, segment in enumerate(segments)])
     expected = [token for segment in segments for token in [*segment.ids[1:].tolist(), IGNORE]]
     batch = collate([pack], bare, LENGTH)
     assert batch.labels[0].tolist() == expected + [IGNORE] * (LENGTH - len(expected))

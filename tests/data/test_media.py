@@ -1,14 +1,20 @@
-"""Pictures: headers without decoding, and pixels equal to torchvision's chain on the same Pillow image."""
+"""Pictures: headers without decoding; pixels equal to torchvision's chain on the same Pillow image; fast ones near."""
 
 import io
+import struct
+import subprocess
+import sys
+import zlib
+from multiprocessing import shared_memory
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 from torchvision.transforms import v2
 
-from mm.data.media import ImageTransform, decode_image, draw_box, probe_image
+from mm.data.media import Decoder, ImageTransform, decode_image, draw_box, probe_image
 from mm.data.sample import keyed_rng
 from mm.errors import DataError
 
@@ -40,7 +46,7 @@ def test_pixels_are_those_of_the_published_preprocessing(mode: str, format: str)
     expected = chain(Image.open(io.BytesIO(data)).convert("RGB")).numpy()
     found = decode_image(data, TRANSFORM, "s")
     assert found.dtype == np.float32 and found.shape == (3, 16, 16) and found.flags["C_CONTIGUOUS"]
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_array_equal(found, expected)
     assert probe_image(data, "s", 10**6) == probe_image(encoded("RGB", "PNG"), "s", 10**6)
 
 
@@ -54,12 +60,13 @@ def test_transparent_pictures_lie_on_white(mode: str) -> None:
     np.testing.assert_allclose(found, np.broadcast_to(white[:, None, None], (3, 16, 16)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["exact", "fast"])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_cut_pictures_are_one_line_wherever_they_are_cut(format: str) -> None:
+def test_cut_pictures_are_one_line_wherever_they_are_cut(format: str, decoder: Decoder) -> None:
     data = encoded("RGB", format, (64, 64))
     for cut in range(0, len(data) * 9 // 10, max(1, len(data) // 40)):
         with pytest.raises(DataError, match=r"^s/0/k: ") as caught:
-            decode_image(data[:cut], TRANSFORM, "s/0/k")
+            decode_image(data[:cut], TRANSFORM, "s/0/k", None, decoder)
         assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
 
 
@@ -95,3 +102,262 @@ def test_every_second_picture_is_mirrored_in_training_only() -> None:
     seen = [decode_image(out.getvalue(), transform, "x", keyed_rng("flip", i)) for i in range(100)]
     mirrored = sum(np.array_equal(pixels, whole[:, :, ::-1]) for pixels in seen)
     assert mirrored + sum(np.array_equal(pixels, whole) for pixels in seen) == 100 and 30 < mirrored < 70
+
+
+DECODERS: tuple[Decoder, ...] = ("exact", "fast")
+PLAIN = ImageTransform(48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def levels(data: bytes, transform: ImageTransform, decoder: Decoder, rng: np.random.Generator | None = None) -> Any:
+    """int [3, size, size]: pixels of 0 to 255."""
+    return np.rint(decode_image(data, transform, "s", rng, decoder) * 255).astype(int)
+
+
+def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Smooth and with edges, as photographs are; noise would be all that no reduction can keep."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC)
+    for _ in range(6):
+        w, h = rng.integers(10, 60) * width // 200, rng.integers(10, 60) * height // 200
+        patch = Image.new("RGB", (int(w), int(h)), tuple(rng.integers(0, 256, 3).tolist()))
+        image.paste(patch, (int(rng.integers(0, width - w)), int(rng.integers(0, height - h))))
+    return image
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+class Counting(io.BytesIO):
+    """A file that counts what is read of it."""
+
+    bytes_read = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.bytes_read += len(data)
+        return data
+
+
+def with_much_before_the_size(format: str) -> bytes:
+    image = photo((321, 123))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 50_000
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(400_000)
+    if format != "PNG":
+        return saved(image, format, exif=exif.tobytes(), icc_profile=profile)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "y" * 400_000)
+    return saved(image, format, pnginfo=text, exif=exif.tobytes(), icc_profile=profile)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_probing_reads_little_however_much_precedes_the_pixels(format: str) -> None:
+    data = with_much_before_the_size(format)
+    file = Counting(data)
+    header = probe_image(file, "s", 10**6)
+    assert (header.width, header.height) == (321, 123)
+    assert file.bytes_read <= (8192 if format == "JPEG" else 512) < len(data) // 20
+    assert decode_image(data, PLAIN, "s").shape == (3, 48, 48)
+
+
+def lottery() -> list[bytes]:
+    """Pictures of all sizes, modes and encodings that should be read alike."""
+    rng = np.random.default_rng(3)
+    found = []
+    for i in range(60):
+        size = int(rng.integers(1, 400)), int(rng.integers(1, 400))
+        image = Image.effect_noise(size, 90).convert("RGB")
+        modes = {
+            "JPEG": ("RGB", "L", "CMYK"),
+            "PNG": ("RGB", "L", "RGBA", "LA", "P", "1", "I;16"),
+            "WEBP": ("RGB", "RGBA"),
+        }
+        format = ("JPEG", "PNG", "WEBP")[i % 3]
+        mode = str(rng.choice(modes[format]))
+        image = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+        options: dict[str, Any] = {"progressive": bool(i % 2), "quality": 60} if format == "JPEG" else {}
+        if format == "WEBP":
+            options = {"lossless": bool(i % 2)} | ({"save_all": True, "append_images": [image]} if i % 4 == 0 else {})
+        found.append(saved(image, format, **options))
+    return found
+
+
+def test_sizes_are_those_that_pillow_finds() -> None:
+    for data in lottery():
+        header = probe_image(data, "s", 10**6)
+        assert (header.width, header.height) == Image.open(io.BytesIO(data)).size
+    jpeg = saved(photo((60, 50)), "JPEG")
+    after = 4 + int.from_bytes(jpeg[4:6])  # the first segment
+    for padded in (jpeg[:2] + b"\xff\xff\xff" + jpeg[2:], jpeg[:after] + b"\x00\x17" + jpeg[after:]):
+        assert probe_image(padded, "s", 10**6).height == Image.open(io.BytesIO(padded)).height == 50
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_exif_rotation_is_left_alone_by_header_and_pixels(decoder: Decoder) -> None:
+    image, exif = photo((90, 60)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for format in ("JPEG", "PNG", "WEBP"):
+        turned, plain = saved(image, format, exif=exif.tobytes()), saved(image, format)
+        assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
+        header = probe_image(turned, "s", 10**6)
+        assert (header.width, header.height) == (90, 60)
+        assert np.array_equal(levels(turned, PLAIN, decoder), levels(plain, PLAIN, decoder))
+
+
+def rgb16(size: tuple[int, int]) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write."""
+    width, height = size
+    values = np.random.default_rng(1).integers(0, 2**16, (height, width, 3), dtype=np.uint16).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_fast_is_within_two_levels_of_exact_where_no_jpeg_is_reduced() -> None:
+    photos = [photo((40, 30)), photo((150, 190)), photo((190, 150)), photo((60, 160)), photo((500, 60))]
+    pictures = [saved(image, format) for image in photos for format in ("JPEG", "PNG", "WEBP")]
+    pictures += [saved(photos[1], "JPEG", subsampling=0), saved(photos[2].quantize(16), "PNG", transparency=3)]
+    pictures += [saved(photos[2], "PNG", transparency=(0, 0, 0)), rgb16((90, 70))]
+    for data in pictures:
+        image = Image.open(io.BytesIO(data))
+        distance = np.abs(levels(data, PLAIN, "fast") - levels(data, PLAIN, "exact"))
+        # Pillow filters tall pictures by columns first, and both round in between.
+        assert distance.max() <= (2 if image.width >= image.height else 4), image
+    for data in lottery():  # pure noise
+        image = Image.open(io.BytesIO(data))
+        if image.format != "JPEG" or min(image.size) < 4 * PLAIN.size:
+            distance = np.abs(levels(data, PLAIN, "fast") - levels(data, PLAIN, "exact"))
+            assert distance.max() <= 2 if image.width >= image.height else distance.mean() < 1, image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_fast_reduces_large_jpegs_and_stays_near(mode: str, reduction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = photo((PLAIN.size * 2 * reduction + 11, PLAIN.size * 3 * reduction)).convert(mode)
+    data = saved(image, "JPEG", quality=90)
+    reduced: list[tuple[int, int]] = []
+    draft = JpegImagePlugin.JpegImageFile.draft
+
+    def spy(self: Any, mode: Any, size: Any) -> Any:
+        found = draft(self, mode, size)
+        reduced.append(self.size)
+        return found
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
+    distance = np.abs(levels(data, PLAIN, "fast") - levels(data, PLAIN, "exact"))
+    assert reduced == [(-(-image.width // reduction), -(-image.height // reduction))]
+    assert distance.mean() < 2.5 and np.quantile(distance, 0.99) < 20
+
+
+@pytest.mark.parametrize("size", [(150, 120), (700, 620)])
+def test_both_decoders_draw_the_same_crop_and_mirroring(size: tuple[int, int]) -> None:
+    transform = ImageTransform(48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), crop=0.3, flip=True)
+    image = photo(size)
+    data = saved(image, "JPEG", quality=95, subsampling=0)
+    mirrored = 0
+    for i in range(20):
+        found = levels(data, transform, "fast", keyed_rng(i))
+        box = tuple(round(edge) for edge in draw_box(*size, 0.3, keyed_rng(i)))
+        cut = Image.open(io.BytesIO(data)).crop(box)
+        expected = np.asarray(cut.resize((48, 48), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+        both = [np.abs(found - expected), np.abs(found - expected[:, :, ::-1])]
+        mirrored += (flipped := int(both[1].mean() < both[0].mean()))
+        distance = both[flipped]
+        assert distance.max() <= 2 if size == (150, 120) else distance.mean() < 2
+        near = np.abs(found - levels(data, transform, "exact", keyed_rng(i)))
+        assert near.mean() < 3
+    assert 3 < mirrored < 17
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_pixels_are_written_into_the_array_that_is_given(decoder: Decoder) -> None:
+    data = saved(photo((90, 80)), "JPEG")
+    memory = shared_memory.SharedMemory(create=True, size=4 * 3 * 3 * 16 * 16)
+    try:
+        batch = np.ndarray((3, 3, 16, 16), dtype=np.float32, buffer=memory.buf)
+        batch[:] = 7
+        assert decode_image(data, TRANSFORM, "s", None, decoder, out=batch[1]).base is not None
+        np.testing.assert_array_equal(batch[1], decode_image(data, TRANSFORM, "s", None, decoder))
+        assert (batch[[0, 2]] == 7).all()
+        del batch
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_mutated_pictures_are_decoded_or_refused_in_one_line(format: str, decoder: Decoder) -> None:
+    data = saved(photo((70, 60)), format)
+    rng = np.random.default_rng(5)
+    refused = 0
+    for i in range(120):
+        mutated = bytearray(data)
+        reach = 64 if i % 2 else len(data)  # every second time in the header
+        for at in rng.integers(0, min(reach, len(data)), rng.integers(1, 8)):
+            mutated[at] = rng.integers(0, 256)
+        if i % 5 == 0:
+            del mutated[int(rng.integers(0, len(data))) :]
+        for read in (
+            lambda data: probe_image(data, "s/0/k", 10**6),
+            lambda data: decode_image(data, PLAIN, "s/0/k", None, decoder),
+        ):
+            try:
+                found = read(bytes(mutated))
+                assert not isinstance(found, np.ndarray) or np.isfinite(found).all()
+            except DataError as error:
+                refused += 1
+                assert str(error).startswith("s/0/k: ") and "\n" not in str(error) and " at 0x" not in str(error)
+    assert refused > 20
+
+
+def test_bombs_are_refused_before_they_are_unpacked() -> None:
+    image = saved(Image.new("1", (8, 8)), "PNG")
+    head = struct.pack(">II", 60_000, 60_000) + image[24:29]
+    bomb = image[:16] + head + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + image[33:]
+    with pytest.raises(DataError, match=r"^s: 60000x60000 pixels are more than data.max_pixels = 1000000"):
+        probe_image(bomb, "s", 10**6)
+    for decoder in DECODERS:
+        with pytest.raises(DataError, match=r"^s: .*decompression bomb"):
+            decode_image(bomb, PLAIN, "s", None, decoder)
+    for data in (b"", b"\xff\xd8", b"\xff\xd8" + b"\xff" * 100_000, b"\xff\xd8" + bytes(100_000), b"RIFF", b"GIF89a"):
+        with pytest.raises(DataError, match=r"^s: "):
+            probe_image(io.BytesIO(data), "s", 10**6)
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np, torch
+from mm.data.media import ImageTransform, decode_image
+torch.set_num_threads(2)
+transform = ImageTransform(384, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+data = sys.stdin.buffer.read()
+(torch.randn(800, 800) @ torch.randn(800, 800)).sum()
+torch.nn.functional.interpolate(torch.zeros(1, 3, 1500, 1500), (1200, 1200), mode="bicubic", antialias=True)
+expected = decode_image(data, transform, "s", None, "fast")
+for threads in (1, None):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        if threads:
+            torch.set_num_threads(threads)
+        same = all(np.array_equal(decode_image(data, transform, "s", None, "fast"), expected) for _ in range(3))
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0, threads
+"""
+
+
+def test_fast_decoding_works_in_a_process_forked_after_torch_used_its_threads() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], input=saved(photo((700, 600)), "JPEG"), capture_output=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr.decode()

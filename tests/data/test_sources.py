@@ -8,23 +8,26 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from mm.data.limits import Limits
 from mm.data.sample import Choice, Media, Sample, Text
-from mm.data.shards import Shard
-from mm.data.sources import CaptionsConfig, scan
+from mm.data.sources import CaptionsConfig
 from mm.errors import DataError
 
 Members = dict[str, Any]
 
 
+LIMITS = Limits(json_bytes=8_000_000)
+
+
 @pytest.fixture
-def read(tmp_path: Path, write_shard: Callable[..., Path]) -> Callable[..., list[list[Sample] | DataError]]:
+def read(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any]
+) -> Callable[..., list[list[Sample] | DataError]]:
     """`read({"key": members}, caption=…)`: the samples of every group, or why there are none."""
 
     def run(samples: dict[str, Members], **settings: Any) -> list[list[Sample] | DataError]:
-        write_shard(tmp_path / "00000.tar", samples)
-        source = CaptionsConfig(path=str(tmp_path / "*.tar"), name="s", **settings).build("")
-        with Shard(tmp_path / "00000.tar") as shard:
-            return [found for _, found in scan(source, shard.groups())]
+        path = write_shard(tmp_path / "00000.tar", samples)
+        return samples_in(path, {"kind": "captions", **settings}, LIMITS)
 
     return run
 
@@ -35,9 +38,15 @@ def only(found: list[list[Sample] | DataError]) -> Sample:
     return sample
 
 
+def options(sample: Sample) -> tuple[tuple[Text, ...], ...]:
+    """The captions that visits draw from, or the only one."""
+    media, *rest = sample.parts
+    assert isinstance(media, Media)
+    return rest[0].options if isinstance(rest[0], Choice) else (tuple(rest),)  # type: ignore[arg-type]
+
+
 def texts(sample: Sample) -> list[list[str]]:
-    (choice,) = [part for part in sample.parts if isinstance(part, Choice)]
-    return [[text.text for text in option] for option in choice.options]
+    return [[text.text for text in option] for option in options(sample)]
 
 
 def test_img2dataset_layout(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
@@ -46,7 +55,7 @@ def test_img2dataset_layout(read: Callable[..., Any], picture: Callable[..., byt
     meta = {"caption": None, "url": "https://example.org/1.jpg", "key": "000000001", "status": "success", "width": 20}
     sample = only(read({"000000001": {"jpg": jpg, "txt": "a caption\n", "json": meta}}))
     assert sample.id == "s/00000/000000001"
-    assert sample.parts == (Media("image", jpg, "jpg"), Choice(((Text("a caption"),),)))
+    assert sample.parts == (Media("image", jpg, "jpg"), Text("a caption"))
     assert sample.meta == meta
 
 
@@ -77,8 +86,7 @@ def test_prompt_and_caption_templates(read: Callable[..., Any], picture: Callabl
     members = {"png": picture(), "json": {"captions": CAPTIONS, "keywords": ["animal"], "site": "x"}}
     sample = only(read({"k": members}, prompt="{language}@{site}: ", caption="{text} ({keywords})"))
     assert texts(sample) == [["en@x: ", "cat (pet, fur)"], ["de@x: ", "Katze (animal)"]]
-    options = sample.parts[1].options  # type: ignore[union-attr]
-    assert [[text.loss for text in option] for option in options] == [[False, True]] * 2
+    assert [[text.loss for text in option] for option in options(sample)] == [[False, True]] * 2
 
 
 def test_all_captions_or_one_drawn(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
@@ -96,8 +104,8 @@ def test_all_captions_or_one_drawn(read: Callable[..., Any], picture: Callable[.
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ({"png": None, "txt": "x"}, r"no picture among \['txt'\]"),
-        ({"png": None, "gif": b"GIF89a", "txt": "x"}, r"no picture among \['gif', 'txt'\]"),
+        ({"png": None, "txt": "x"}, r"no image among \['txt'\]"),
+        ({"png": None, "gif": b"GIF89a", "txt": "x"}, r"no image among \['gif', 'txt'\]"),
         ({}, r"no caption; expected a \.txt"),
         ({"txt": ""}, r"no caption"),
         ({"txt": " \n\t"}, r"caption 0 is empty"),
@@ -116,7 +124,7 @@ def test_all_captions_or_one_drawn(read: Callable[..., Any], picture: Callable[.
         ({"json": b"\xff\xfe{}"}, r"its \.json is not UTF-8"),
         ({"json": b"[" * 100_000}, r"its JSON cannot be read"),
         ({"json": b'{"n": ' + b"9" * 10_000 + b"}"}, r"its JSON cannot be read"),
-        ({"json": b" " * 8_000_001}, r"its \.json has 8000001 bytes, over 8000000"),
+        ({"json": b" " * 8_000_001}, r"its \.json has 8000001 bytes, over data.max_json_bytes"),
         ({"txt": b"x" * 8_000_001}, r"its \.txt has 8000001 bytes"),
     ],
 )
@@ -136,11 +144,11 @@ def test_what_cannot_be_a_sample_is_named(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prompt": "{language}: "}, r"KeyError: 'language'.*has the fields \['caption', 'text'\]"),
+        ({"prompt": "{language}: "}, r"KeyError: 'language'.*there are the fields \['caption', 'text'\]"),
         ({"prompt": "{null}: "}, r"KeyError: 'null'"),
         ({"caption": "{text:d}"}, r"ValueError"),
         ({"caption": "{text.nothing}"}, r"AttributeError"),
-        ({"caption": "{empty}"}, r"the caption is empty once the template '\{empty\}' is filled in"),
+        ({"caption": "{empty}"}, r"the text is empty once the template '\{empty\}' is filled in"),
     ],
 )
 def test_a_template_that_does_not_fit_is_named(
@@ -175,14 +183,119 @@ def test_a_source_is_called_by_its_folder(path: str, root: str, name: str) -> No
     assert CaptionsConfig(path=path, name="mine").build(root).name == "mine"
 
 
-def test_only_keeps_captions_with_the_given_fields() -> None:
-
+def test_only_keeps_captions_with_the_given_fields(samples_in: Callable[..., Any]) -> None:
+    (path,) = CaptionsConfig(path="builtin:emoji/test-*.tar.gz").build("").shards()
     for only, languages in (({"language": "de"}, ["de"]), ({"language": ["fr", "en"]}, ["en", "fr"])):
-        source = CaptionsConfig(path="builtin:emoji/test-*.tar.gz", prompt="{language}", only=only).build("")
-        with Shard(source.shards()[0]) as shard:
-            for group in shard.groups():
-                (sample,) = source.samples(group)
-                assert [option[0].text for option in sample.parts[1].options] == languages  # type: ignore[union-attr]
-    nothing = CaptionsConfig(path="builtin:emoji/test-*.tar.gz", only={"language": "tlh"}).build("")
-    with Shard(nothing.shards()[0]) as shard, pytest.raises(DataError, match="none of its captions has"):
-        nothing.samples(next(shard.groups()))
+        for (sample,) in samples_in(path, {"kind": "captions", "prompt": "{language}", "only": only}):
+            assert [option[0].text for option in options(sample)] == languages
+    for found in samples_in(path, {"kind": "captions", "only": {"language": "tlh"}}):
+        assert isinstance(found, DataError) and "none of its captions has" in str(found)
+
+
+def test_sound_with_captions_labels_or_nothing(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], sound: Callable[..., bytes]
+) -> None:
+    data, fields = sound(), {"instrument": "lute", "tempo": 90, "tags": ["old", "slow"]}
+    path = write_shard(tmp_path / "x.tar", {"k": {"flac": data, "json": fields}})
+    for caption, expected in (
+        ("{instrument} at {tempo:d} bpm: {tags}", (Text("lute at 90 bpm: old, slow"),)),
+        ("", ()),
+    ):
+        ((sample,),) = samples_in(path, {"kind": "audio", "caption": caption})
+        assert sample.parts == (Media("audio", data, "flac"), *expected) and sample.meta == fields
+    ((sample,),) = samples_in(path, {"kind": "audio", "caption": "", "prompt": "{instrument}"})
+    assert sample.parts[1:] == (Text("lute", loss=False),)
+    (error,) = samples_in(path, {"kind": "audio"})
+    assert "no caption" in str(error)
+    (error,) = samples_in(write_shard(tmp_path / "y.tar", {"k": {"png": b"", "txt": "x"}}), {"kind": "audio"})
+    assert "no audio among ['png', 'txt']; expected flac, wav, ogg, mp3" in str(error)
+
+
+def test_clips_and_their_timed_captions(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], clip: Callable[..., bytes]
+) -> None:
+    data = clip()
+    timed = [
+        {"start": 0, "end": "1.5", "text": "a cat", "language": "en"},
+        {"start": 1, "end": 2, "text": "ein Hund", "language": "de"},
+        {"start": 1.5, "end": 9, "text": "the end", "language": "en"},
+    ]
+    path = write_shard(tmp_path / "x.tar", {"k": {"mp4": data, "json": {"caption": "all", "timed": timed, "by": "me"}}})
+    ((whole,),) = samples_in(path, {"kind": "video"})
+    assert whole.parts == (Media("video", data, "mp4"), Text("all")) and whole.id == "s/x/k"
+    (found,) = samples_in(path, {"kind": "video", "timed": True, "prompt": "{by}: ", "only": {"language": "en"}})
+    assert [(one.id, one.parts[0].span, one.parts[1:]) for one in found] == [
+        ("s/x/k#0", (0, 1.5), (Text("me: ", loss=False), Text("a cat"))),
+        ("s/x/k#2", (1.5, 9), (Text("me: ", loss=False), Text("the end"))),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("timed", "words"),
+    [
+        (None, r"no `timed` captions in its JSON; expected a list of \{start, end, text\}"),
+        ([], "no `timed` captions"),
+        ("abc", "no `timed` captions"),
+        ([5], "timed caption 0 has no start and end in seconds"),
+        ([["start"]], "timed caption 0 has no start and end"),
+        ([{"start": 0, "end": 1, "text": "x"}, {"start": 1}], "timed caption 1 has no start and end"),
+        ([{"start": None, "end": 1}], "timed caption 0 has no start and end"),
+        ([{"start": 0, "end": 10**400}], "timed caption 0 has no start and end"),
+        ([{"start": 0, "end": 1e999}], "runs from 0.0 to inf; expected 0 <= start < end"),
+        ([{"start": -1, "end": 1}], "runs from -1.0 to 1.0"),
+        ([{"start": 2, "end": 2}], "runs from 2.0 to 2.0"),
+        ([{"start": 0, "end": float("nan")}], "runs from 0.0 to nan"),
+        ([{"start": 0, "end": 1, "text": ""}], "the text is empty"),
+        ([{"start": 0, "end": 1}], "KeyError: 'text'"),
+    ],
+)
+def test_timed_captions_that_make_no_sense(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], timed: Any, words: str
+) -> None:
+    path = write_shard(tmp_path / "x.tar", {"k": {"mp4": b"a clip", "json": {"timed": timed}}})
+    (found,) = samples_in(path, {"kind": "video", "timed": True})
+    with pytest.raises(DataError, match=words) as caught:
+        raise found
+    assert str(caught.value).startswith("s/x/k in ") and "\n" not in str(caught.value)
+
+
+def test_texts_from_members_and_fields(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any]
+) -> None:
+    samples = {
+        "a": {"txt": " as it stands\n"},
+        "b": {"json": {"text": "a field", "title": "T"}},
+        "c": {"txt": "the member", "json": {"text": "not this", "title": "T"}},
+        "d": {"json": {"body": "other"}},
+        "e": {"txt": "  \n"},
+    }
+    path = write_shard(tmp_path / "x.tar", samples)
+    *found, missing, empty = samples_in(path, {"kind": "text"})
+    assert [one.parts for (one,) in found] == [(Text(" as it stands\n"),), (Text("a field"),), (Text("the member"),)]
+    assert "KeyError: 'text'" in str(missing) and "the text is empty" in str(empty)
+    found = samples_in(path, {"kind": "text", "columns": {"text": "body"}, "only": {"body": "other"}})
+    assert [one and one[0].parts for one in found] == [[], [], [], (Text("other"),), []]
+
+
+def test_all_of_a_text_is_bounded_and_checked(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], picture: Callable[..., bytes]
+) -> None:
+    """Prompts as well: they come from the data, too."""
+    samples = {
+        "a": {"png": picture(), "json": {"caption": "x" * 600, "hint": "y" * 600}},
+        "b": {"png": picture(), "json": {"caption": "x", "hint": "\ud83d"}},
+        "c": {"png": picture(), "json": {"caption": "x", "hint": "\0"}},
+        "d": {"png": picture(), "json": {"caption": "x" * 400, "hint": "y" * 600}},
+    }
+    path = write_shard(tmp_path / "x.tar", samples)
+    found = samples_in(path, {"kind": "captions", "prompt": "{hint}"}, Limits(text_chars=1000))
+    assert [isinstance(one, DataError) for one in found] == [True, True, True, False]
+    assert "1,200 characters are more than data.max_text_chars = 1,000" in str(found[0])
+    assert "U+D83D" in str(found[1]) and "U+0000" in str(found[2])
+
+
+def test_what_is_quoted_in_an_error_is_short(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    huge = {f"{'k' * 1000}{n}": "v" for n in range(1000)}
+    for members in ({"json": huge}, {"png": picture(), "json": {"caption": "x", **huge}}, {"json": b"[" * 10**6}):
+        (found,) = read({"k": members}, prompt="{nothing}")
+        assert isinstance(found, DataError) and len(str(found)) < 1200

@@ -1,26 +1,31 @@
 """Samples laid out as segments, held against layouts written by hand for the emoji tokenizer."""
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mm.data.layout import Layout
+from mm.data.limits import Limits
 from mm.data.media import decode_image
-from mm.data.sample import Media, Text
-from mm.data.tokens import Segment, make_segment
+from mm.data.sample import Media, Text, Tokens
+from mm.data.tokens import DoesNotFit, Segment, costs_of, make_segment, split_segment
 from mm.errors import DataError
 
 # Ids of the emoji tokenizer: special tokens, and pieces of text.
 PAD, BOS, EOS = 0, 4, 2
 BREAK, SPACE, EN, COLON, COLON_CAT, CAT = 203, 225, 266, 30, [266, 30, 3235], 3665
-MAX = 100_000_000
+LIMITS = Limits()
 
 
 def lay_out(layout: Layout, *parts: Text | Media, closed: bool = True) -> Segment:
-    return make_segment(parts, layout, "s/0/k", MAX, closed)
+    return make_segment(parts, layout, "s/0/k", LIMITS, closed)
 
 
 @pytest.fixture
@@ -33,7 +38,8 @@ def test_caption_pair(layout: Layout, image: Media) -> None:
     assert segment.ids.tolist() == [BOS, PAD, PAD, PAD, PAD, BREAK, EN, COLON, SPACE, CAT, EOS]
     assert segment.loss == ((9, 11),) and segment.loss_tokens == 2
     (medium,) = segment.media
-    assert (medium.kind, medium.position, medium.length, medium.cost, medium.part) == ("image", 1, 4, 9, 0)
+    assert (medium.kind, medium.position, medium.length, medium.cost) == ("image", 1, 4, 9)
+    assert medium.media is image and medium.plan == {} and segment.inserted == 2
 
 
 def test_text_alone_has_no_media_and_learns_all_but_its_first_token(layout: Layout) -> None:
@@ -55,9 +61,11 @@ def test_neighbouring_text_is_tokenised_as_one_run(layout: Layout) -> None:
 
 
 def test_interleaved_documents(layout: Layout, image: Media) -> None:
-    segment = lay_out(layout, Text("cat"), image, Text("cat"), image, image, Text("cat", loss=False))
+    second, third = (dataclasses.replace(image) for _ in range(2))
+    segment = lay_out(layout, Text("cat"), image, Text("cat"), second, third, Text("cat", loss=False))
     assert segment.ids.tolist() == [BOS, CAT, *[PAD] * 4, BREAK, CAT, *[PAD] * 8, BREAK, CAT, EOS]
-    assert [(m.position, m.length, m.part) for m in segment.media] == [(2, 4, 1), (8, 4, 3), (12, 4, 4)]
+    assert [(m.position, m.length) for m in segment.media] == [(2, 4), (8, 4), (12, 4)]
+    assert all(one.media is given for one, given in zip(segment.media, (image, second, third), strict=True))
     assert segment.loss == ((1, 2), (6, 8)), "the end is not learned after text that is not"
 
 
@@ -100,7 +108,8 @@ def test_counting_reads_the_header_only(layout: Layout, picture: Callable[..., b
     whole = picture(3, format, (200, 100))
     cut = whole[: len(whole) // 3]
     laid = [lay_out(layout, Media("image", data, format.lower()), Text("cat")) for data in (whole, cut)]
-    assert laid[0].ids.tolist() == laid[1].ids.tolist() and laid[0].media == laid[1].media
+    assert laid[0].ids.tolist() == laid[1].ids.tolist()
+    assert [one.length for one in laid[0].media] == [one.length for one in laid[1].media] == [4]
     assert layout.image is not None
     assert decode_image(whole, layout.image.transform, "s/0/k").shape == (3, 8, 8)
     with pytest.raises(DataError, match="s/0/k: the picture is damaged"):
@@ -119,7 +128,7 @@ def huge_png(data: bytes, width: int, height: int) -> bytes:
         (lambda data: b"", "the picture is empty"),
         (lambda data: b"<svg/>" * 20, "not a readable jpg, png or webp"),
         (lambda data: data[:20], "not a readable jpg, png or webp"),
-        (lambda data: huge_png(data, 60_000, 60_000), "3600000000 pixels"),
+        (lambda data: huge_png(data, 60_000, 60_000), "60000x60000 pixels"),
         (lambda data: huge_png(data, 12_000, 12_000), "12000x12000 pixels are more than data.max_pixels"),
     ],
 )
@@ -133,9 +142,9 @@ def test_pictures_without_a_usable_header_are_refused(
 
 def test_max_pixels(layout: Layout, picture: Callable[..., bytes]) -> None:
     parts = (Media("image", picture(0, "PNG", (20, 12)), "png"),)
-    make_segment(parts, layout, "s/0/k", 240)
+    make_segment(parts, layout, "s/0/k", Limits(pixels=240))
     with pytest.raises(DataError, match=r"s/0/k: 20x12 pixels are more than data\.max_pixels = 239"):
-        make_segment(parts, layout, "s/0/k", 239)
+        make_segment(parts, layout, "s/0/k", Limits(pixels=239))
 
 
 def test_media_that_the_model_does_not_take(layout: Layout, image: Media) -> None:
@@ -144,3 +153,181 @@ def test_media_that_the_model_does_not_take(layout: Layout, image: Media) -> Non
         lay_out(blind, image)
     with pytest.raises(DataError, match="s/0/k: the model takes no audio"):
         lay_out(layout, Media("audio", b"", "flac"))
+
+
+def test_tokens_are_taken_as_they_are(layout: Layout, image: Media) -> None:
+    segment = lay_out(layout, image, Tokens(np.array([CAT, EN], dtype=np.uint16)), Text("cat", loss=False))
+    assert segment.ids.tolist() == [BOS, *[PAD] * 4, CAT, EN, CAT, EOS] and segment.loss == ((5, 7),)
+    for ids in ([-1], [len(layout.tokenizer)], [0, 2**40]):
+        with pytest.raises(DataError, match=r"s/0/k: token ids from .* it was tokenised for another model"):
+            lay_out(layout, Tokens(np.array(ids)))
+
+
+def test_sound_and_clips_take_what_their_headers_say(
+    all_media: Layout, sound: Callable[..., bytes], clip: Callable[..., bytes]
+) -> None:
+    """8,000 samples a second and 1,000 a position, whatever the rate of the file; a clip is always 3 pictures."""
+    parts = [Media("audio", sound(0, 2.5), "flac"), Media("audio", sound(1, 0.01, "WAV", 44100), "wav")]
+    segment = lay_out(all_media, Text("cat"), *parts, Media("video", clip(), "mp4"), Text("cat"))
+    assert segment.ids.tolist() == [BOS, CAT, *[PAD] * (20 + 1 + 12), BREAK, CAT, EOS]
+    assert [(one.kind, one.position, one.length, one.cost) for one in segment.media] == [
+        ("audio", 2, 20, 20), ("audio", 22, 1, 1), ("video", 23, 12, 27),
+    ]  # fmt: skip
+    assert [one.plan for one in segment.media[:2]] == [{"samples": 20_000}, {"samples": 80}]
+    assert segment.media[2].plan["times"] == pytest.approx([1 / 3, 1, 5 / 3], abs=1e-6)
+    assert segment.loss == ((1, 2), (35, 38))
+
+
+def test_spans_of_clips_and_recordings(
+    all_media: Layout, sound: Callable[..., bytes], clip: Callable[..., bytes]
+) -> None:
+    data = clip()
+    for span, times in (((0.5, 1.5), (4 / 6, 1, 8 / 6)), ((1, 99), (7 / 6, 1.5, 11 / 6)), ((0, 2), (1 / 3, 1, 5 / 3))):
+        (one,) = lay_out(all_media, Media("video", data, "mp4", span)).media
+        assert one.plan["times"] == pytest.approx(times, abs=1e-6) and (one.length, one.cost) == (12, 27)
+    (one,) = lay_out(all_media, Media("audio", sound(0, 3), "flac", (0.5, 1.75))).media
+    assert one.plan == {"samples": 10_000, "span": [0.5, 1.75]} and one.length == 10
+    for media in (Media("video", data, "mp4", (2.5, 3)), Media("audio", sound(0, 3), "flac", (5, 6))):
+        with pytest.raises(DataError, match=r"s/0/k: no .* in the span"):
+            lay_out(all_media, media)
+
+
+def test_bounds_on_media(
+    all_media: Layout, sound: Callable[..., bytes], clip: Callable[..., bytes], image: Media
+) -> None:
+    parts = [Media("audio", sound(0, 3), "flac"), Media("video", clip(), "mp4"), image]
+    limits = [Limits(seconds=1.5), Limits(seconds=1.5), Limits(pixels=239)]
+    words = [
+        "s of sound are more than data.max_seconds",
+        "s of video are more than data.max_seconds",
+        "data.max_pixels",
+    ]
+    for part, limit, expected in zip(parts, limits, words, strict=True):
+        make_segment((part,), all_media, "s/0/k", Limits())
+        with pytest.raises(DataError, match=f"s/0/k: .*{expected}"):
+            make_segment((part,), all_media, "s/0/k", limit)
+        with pytest.raises(DataError, match=f"its {part.kind} has .* bytes, over data.max_media_bytes"):
+            make_segment((part,), all_media, "s/0/k", Limits(media_bytes=part.size - 1))
+
+
+ENDS = {4: r"\n[^\S\n]*\n", 3: r"\n", 2: r"[.!?][\"')\]]*(?=\s)|[。！？]"}
+
+
+def cut_levels(layout: Layout, text: str) -> list[int]:
+    """How well the text may be cut before each of its tokens, by trying every place."""
+    starts = layout.tokenizer.starts(text)
+    levels = [0] * len(starts)
+    for level in (2, 3, 4):
+        for end in (match.end() for match in re.finditer(ENDS[level], text)):
+            after = [token for token, start in enumerate(starts) if start >= end]
+            if after and after[0] > 0:
+                levels[after[0]] = level
+    return levels
+
+
+WORDS = st.sampled_from(["cat", "Regenschirm", "傘", "a", "x" * 40, "\U0001f469\u200d\U0001f680", ""])
+GLUE = st.sampled_from([" ", " ", " ", ". ", "! ", '." ', "。", "\n", "\n\n", "\n \n"])
+TEXTS = st.lists(st.tuples(WORDS, GLUE), max_size=40).map(lambda pairs: "".join(map("".join, pairs)))
+PARTS = st.one_of(
+    st.builds(Text, TEXTS, st.booleans()),
+    st.builds(Text, TEXTS),
+    st.just("image"),
+    st.lists(st.integers(5, 3000), min_size=1, max_size=80).map(lambda ids: Tokens(np.array(ids))),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(PARTS, min_size=1, max_size=6),
+    tokens=st.integers(8, 60),
+    images=st.integers(1, 3),
+    bos=st.sampled_from(["<s>", None]),
+    eos=st.sampled_from(["<|im_end|>", None]),
+)
+def test_pieces_hold_the_whole(
+    make_layout: Callable[..., Layout],
+    picture: Callable[..., bytes],
+    parts: list[Any],
+    tokens: int,
+    images: int,
+    bos: str | None,
+    eos: str | None,
+) -> None:
+    """Every token once and in order, every medium whole and in one piece, the same tokens learned, nothing over."""
+    layout = make_layout(bos=bos, eos=eos)
+    parts = [Media("image", picture(n), "png") if part == "image" else part for n, part in enumerate(parts)]
+    capacities = {"tokens": tokens, "image": images}
+    whole = make_segment(tuple(parts), layout, "s/0/k", LIMITS)
+    pieces = split_segment(tuple(parts), layout, "s/0/k", LIMITS, capacities)
+
+    inner: list[int] = []
+    learned: set[int] = set()
+    media: list[Any] = []
+    begin = int(bos is not None)
+    for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
+        costs = {"tokens": len(piece), **costs_of(piece.media)}
+        assert all(costs[name] <= most for name, most in capacities.items())
+        assert piece.inserted == begin + (last and eos is not None)
+        assert len(piece) > piece.inserted or len(pieces) == 1, "no piece is empty"
+        if bos is not None:
+            assert piece.ids[0] == BOS
+        learned |= {position - begin + len(inner) for a, b in piece.loss for position in range(a, b)}
+        assert all(a < b for a, b in piece.loss) and list(piece.loss) == sorted(piece.loss)
+        for one in piece.media:
+            assert (piece.ids[one.position : one.position + one.length] == PAD).all()
+            media.append((one.position - begin + len(inner), one.length, id(one.media)))
+        inner += piece.ids[begin : len(piece) - (last and eos is not None)].tolist()
+    assert inner + [EOS] * (eos is not None) == whole.ids[begin:].tolist()
+    assert learned == {position - begin for a, b in whole.loss for position in range(a, b)}
+    assert media == [(one.position - begin, one.length, id(one.media)) for one in whole.media]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, tokens=st.integers(8, 60))
+def test_text_is_cut_at_the_best_place_in_the_second_half(layout: Layout, text: str, tokens: int) -> None:
+    """Paragraphs before lines before sentences; a piece is shorter than half of its room only at the end."""
+    levels, room = cut_levels(layout, text), tokens - 2
+    at = 0
+    for piece in split_segment((Text(text),), layout, "s/0/k", LIMITS, {"tokens": tokens})[:-1]:
+        length = len(piece) - 1
+        reach = [levels[at + n] for n in range(-(-room // 2), room + 1) if at + n < len(levels)]
+        best = max(reach)
+        if best >= 2:
+            assert levels[at + length] == best
+            assert not any(level >= best for level in levels[at + length + 1 : at + room + 1]), "the last such place"
+        assert length * 2 >= room
+        at += length
+
+
+def test_cuts_by_eye(layout: Layout, image: Media) -> None:
+    """A text that does not fit behind a picture, and has no end there, opens the next piece; decoded they are read."""
+    text = "Eine Katze. Noch eine Katze! Drei Katzen\n\nVier. Und so weiter, und so fort, ohne Ende"
+
+    def said(*parts: Text | Media, tokens: int) -> list[str]:
+        pieces = split_segment(parts, layout, "s/0/k", LIMITS, {"tokens": tokens})
+        return [
+            layout.tokenizer.decode([t for t in piece.ids.tolist() if t not in (BOS, EOS, PAD)]) for piece in pieces
+        ]
+
+    words = len(layout.tokenizer.encode(text))
+    assert said(Text(text), tokens=words + 2) == [text]
+    cut = said(Text(text), tokens=words)
+    assert cut == [text[: text.index("Vier")], text[text.index("Vier") :]]
+    pieces = said(Text("cat " * 10), image, Text("one long sentence without an end"), tokens=18)
+    assert pieces[-1].strip() == "one long sentence without an end" or len(pieces) > 2
+
+
+def test_a_medium_over_a_row_does_not_fit(layout: Layout, image: Media, make_layout: Callable[..., Layout]) -> None:
+    split_segment((image,), layout, "s/0/k", LIMITS, {"tokens": 6, "image_cost": 9})
+    for capacities in ({"tokens": 5}, {"tokens": 99, "image_cost": 8}, {"tokens": 99, "image_tokens": 3}):
+        with pytest.raises(DoesNotFit, match="s/0/k: its image takes"):
+            split_segment((Text("cat"), image, Text("cat")), layout, "s/0/k", LIMITS, capacities)
+
+
+def test_the_end_after_media_is_learned_as_in_the_whole(layout: Layout, image: Media) -> None:
+    """A last piece of nothing but pictures does not know by itself whether the text before them was learned."""
+    for loss in (True, False):
+        pieces = split_segment((Text("cat " * 9, loss=loss), image), layout, "s/0/k", LIMITS, {"tokens": 12})
+        assert len(pieces) == 2 and pieces[-1].ids.tolist()[-5:] == [PAD] * 4 + [EOS]
+        assert any(b == len(pieces[-1]) for _, b in pieces[-1].loss) is loss

@@ -96,11 +96,13 @@ def test_1x8_2x4_and_8x1_give_the_same_gradients(tiny_config: Callable[..., RunC
 def test_reported_loss_is_the_mean_over_learned_tokens(tiny_config: Callable[..., RunConfig]) -> None:
     """Step 1 against a loop over single packs with the initial weights."""
     from mm.data.batch import collate
-    from mm.data.loader import PackOrder
+    from mm.data.loader import source_infos
+    from mm.data.mixture import Mixture, MixtureConfig
 
     trainer, _ = run(tiny_config("train.max_steps=1", "train.optimizer.lr=1e-12", "model.vision.crop=1", *NO_TEST))
     dataset = trainer.splits["train"]
-    order = PackOrder(dataset.index["visit"].to_numpy(), 0)
+    mixture = Mixture(source_infos(dataset), MixtureConfig(), 0)
+    order = [mixture.next().pack for _ in range(4)]
     outputs = [trainer.system(collate([dataset.read(order[i])], trainer.layout, 128)) for i in range(4)]
     expected = sum(float(o.losses["next_token"]) for o in outputs) / sum(int(o.counts["next_token"]) for o in outputs)
     (row,) = read_metrics(trainer.out / "metrics.jsonl")
@@ -281,3 +283,17 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 def test_saved_config_is_plain_yaml(tiny_config: Callable[..., RunConfig]) -> None:
     config = tiny_config()
     assert yaml.safe_load(yaml.safe_dump(config.resolved())) == config.resolved()
+
+
+def test_counters_of_a_finite_run_are_the_packers(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """One epoch and no more, its last step not full: every token is seen once, and padding rows count nothing."""
+    once = ("data.visits=1", "data.mixture={max_epochs: {emoji: 1}}", "train.max_steps=null", "train.epochs=3")
+    trainer, _ = run(tiny_config(*once, "train.batch_tokens=640", "train.micro_batch=5", *NO_TEST))
+    train = trainer.splits["train"]
+    assert trainer.steps == -(-len(train) // 5) and len(train) % 5
+    (ledger,) = train.about["ledger"].values()
+    last = read_metrics(trainer.out / "metrics.jsonl")[-1]
+    assert last["tokens"] == ledger["segment_tokens"] and last["loss_tokens"] == ledger["loss_tokens"]
+    assert last["tokens/text"] == ledger["text_tokens"] and last["tokens/image"] == ledger["image_tokens"]
+    with pytest.raises(ConfigError, match=r"data\.mixture ends after .*set at most"):
+        run(tiny_config("data.mixture={max_epochs: {emoji: 1}}", "train.max_steps=99", f"out={tmp_path}/no", *NO_TEST))

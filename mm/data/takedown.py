@@ -1,0 +1,76 @@
+"""Taking samples down from a packed set without packing it again.
+
+Their token ids and media are overwritten with zeros where they lie, and their ids are kept in `dropped.txt`: whatever
+reads the set for use turns their places into padding. Packs keep their size and their place in the order, so runs can
+be resumed. Doing it twice, or again after it was killed, gives the same files.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack
+from mm.data.scan import atomic
+
+
+def take_down(
+    folder: Path, ids: Iterable[str], progress: Callable[[str, int], None] = lambda what, n: None
+) -> dict[str, int]:
+    """Erase samples from the split in `folder`; an id stands for all pieces and visits of a sample.
+
+    Returns counts: `samples` found, `unknown` ids, `segments` and `tokens` erased, those of earlier calls included.
+    """
+    dataset = PackedDataset(folder)
+    wanted = dataset.dropped | frozenset(ids)
+    with atomic(folder / DROPPED) as file:  # first, so that nobody reads them while they go
+        file.writelines(f"{id}\n".encode() for id in sorted(wanted))
+    plan = pq.read_table(folder / "plan.parquet", columns=["pack", "id", "tokens"])
+    whole = pc.list_element(pc.split_pattern(plan["id"], "#"), 0)
+    values = pa.array(sorted(wanted), type=pa.string())
+    gone = pc.or_(pc.is_in(plan["id"], value_set=values), pc.is_in(whole, value_set=values))
+    erased = plan.filter(gone)
+    checksums = dataset.index["checksum"].to_pylist()
+    for number, pack in enumerate(sorted(set(erased["pack"].to_pylist())), 1):
+        place = dataset.place(pack)
+        with open(folder / place["shard"], "r+b") as shard:
+            data = _erase(os.pread(shard.fileno(), place["length"], place["offset"]), wanted)
+            os.pwrite(shard.fileno(), data, place["offset"])
+            os.fsync(shard.fileno())
+        checksums[pack] = checksum(data)
+        progress("erasing from packs", number)
+    index = dataset.index.set_column(dataset.index.schema.get_field_index("checksum"), "checksum", pa.array(checksums))
+    with atomic(folder / "index.parquet") as file:
+        pq.write_table(index, file, compression="zstd", write_page_checksum=True)
+    found = {*erased["id"].to_pylist(), *whole.filter(gone).to_pylist()} & wanted
+    return {
+        "samples": len(found),
+        "unknown": len(wanted - found),
+        "segments": len(erased),
+        "tokens": int(pc.sum(erased["tokens"]).as_py() or 0),
+    }
+
+
+def _erase(data: bytes, ids: frozenset[str]) -> bytes:
+    """The bytes of a pack with the tokens and media of some samples as zeros; everything else stays where it is."""
+    pack = parse_pack(data)
+    erased = bytearray(data)
+    gone = {n for n, segment in enumerate(pack.segments) if {segment.id, segment.id.split("#")[0]} & ids}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        places = {info.name.partition(".")[2]: (info.offset_data, info.size) for info in tar}
+    start, size = places["npy"]
+    first = start + size - pack.tokens.nbytes
+    tokens = np.frombuffer(erased, dtype=pack.tokens.dtype, count=len(pack.tokens), offset=first)
+    for segment in (pack.segments[n] for n in gone):
+        tokens[segment.start : segment.start + segment.length] = 0
+    for number, one in enumerate(pack.media):
+        if one.segment in gone:
+            offset, length = places[f"{number:04d}.{one.ext}"]
+            erased[offset : offset + length] = bytes(length)
+    return bytes(erased)

@@ -1,0 +1,199 @@
+"""Interleaved documents: three layouts say the same, and what is no document is one clear error."""
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mm.data.interleaved import InterleavedConfig
+from mm.data.limits import Limits
+from mm.data.sample import Media, Sample, Text
+from mm.data.shards import Group, Tar
+from mm.errors import DataError
+
+Members = dict[str, Any]
+
+
+@pytest.fixture
+def read(
+    tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any]
+) -> Callable[..., Sample | DataError]:
+    """The document of one group of tar members."""
+
+    def run(members: Members, limits: Limits = Limits(), **config: Any) -> Sample | DataError:  # noqa: B008
+        path = write_shard(tmp_path / "0.tar", {"k": members})
+        (found,) = samples_in(path, {"kind": "interleaved", **config}, limits)
+        return found if isinstance(found, DataError) else found[0]
+
+    return run
+
+
+def parts(found: Sample | DataError) -> list[Any]:
+    """Text joined as tokenising joins it, pictures by their bytes."""
+    assert isinstance(found, Sample), found
+    said: list[Any] = []
+    for part in found.parts:
+        if isinstance(part, Text) and said and isinstance(said[-1], str):
+            said[-1] += part.text
+        else:
+            said.append(part.text if isinstance(part, Text) else part.read())  # type: ignore[union-attr]
+    return said
+
+
+def test_three_layouts_of_one_document(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    a, b, c = (picture(n, format) for n, format in enumerate(("PNG", "JPEG", "WEBP")))
+    files = {"one.png": a, "two.jpg": b, "3.webp": c}
+    in_text = {name: base64.b64encode(data).decode() for name, data in files.items()}
+    expected = [a, "First. Second.", b, c, "Third."]
+    ours: list[Any] = [
+        {"image": "one.png"}, {"text": "First."}, {"text": " Second."}, {"image": "two.jpg"}, {"image": "3.webp"},
+        {"text": "Third."},
+    ]  # fmt: skip
+    assert parts(read({**files, "json": {"parts": ours}})) == expected
+
+    texts = [None, "First. Second.", None, None, "Third."]
+    names = ["one.png", None, "two.jpg", "3.webp", None]
+    assert parts(read({**files, "json": {"texts": texts, "images": names}})) == expected
+    info = [name and {"image_name": name} for name in names]
+    assert parts(read({**files, "json": {"texts": texts, "image_info": info}})) == expected
+    info = [name and {"image_base64": in_text[name]} for name in names]
+    assert parts(read({"json": {"texts": texts, "image_info": info}})) == expected
+
+    sentences = ["First.", "Second.", "Third."]
+    matched = [("one.png", 0), ("two.jpg", 2), ("3.webp", 2)]
+    info = [{"image_name": name, "matched_text_index": at} for name, at in matched]
+    assert parts(read({**files, "json": {"text_list": sentences, "image_info": info}})) == expected
+    similar = [[0.9, 0.1, 0.2], [-3, -2, -1], [0.1, 0.2, 0.3]]
+    info = [{"image_base64": in_text[name]} for name, _ in matched]
+    document = {"text_list": sentences, "image_info": info, "similarity_matrix": similar}
+    assert parts(read({"json": document})) == expected
+
+
+def test_what_parts_may_say(
+    read: Callable[..., Any], picture: Callable[..., bytes], sound: Callable[..., bytes], clip: Callable[..., bytes]
+) -> None:
+    """Prompts, empty texts, capitals, and every medium; fields beside the document are its meta."""
+    files = {"a.png": picture(), "b.flac": sound(), "c.mp4": clip()}
+    said = [{"text": "Was?", "loss": False}, {"image": "A.PNG"}, {"text": ""}, {"audio": "b.flac"}, {"video": "c.mp4"}]
+    found = read({**files, "json": {"parts": said, "url": "u", "score": 0.5, "nested": {"a": 1}}})
+    assert found.parts[0] == Text("Was?", loss=False) and found.meta == {"url": "u", "score": 0.5}
+    assert [(part.kind, part.ext) for part in found.parts[1:]] == [
+        ("image", "png"),
+        ("audio", "flac"),
+        ("video", "mp4"),
+    ]
+
+
+def test_neighbouring_texts_stay_apart(read: Callable[..., Any]) -> None:
+    assert parts(read({"json": {"texts": ["a", None, "b", "", "c"]}})) == ["a\n\nb\n\nc"]
+    assert parts(read({"json": {"text_list": ["a", "", "b"]}})) == ["a b"]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({}, r"neither `parts`, `texts` nor `text_list` in its JSON; found \[\]"),
+        ({"text": "x"}, r"neither .* found \['text'\]"),
+        ({"parts": []}, "the document is empty"),
+        ({"parts": None}, r"not laid out as a document \(TypeError: parts is a NoneType, expected a list\)"),
+        ({"parts": {"text": "x"}}, "parts is a dict, expected a list"),
+        ({"parts": ["text"]}, "not laid out"),
+        ({"parts": [5]}, "not laid out"),
+        ({"parts": [{"words": "x"}]}, r"part 0 is neither text, image, audio nor video; found \['words'\]"),
+        ({"parts": [{"text": 5}]}, "a text is a int"),
+        ({"parts": [{"text": []}]}, "a text is a list"),
+        ({"parts": [{"image": 5}]}, "not laid out"),
+        ({"parts": [{"image": None}]}, "not laid out"),
+        ({"parts": [{"image": "b.png"}]}, r"its image 'b\.png' is not in the shard; there are \['a\.png', 'json'\]"),
+        ({"parts": [{"audio": "a.png"}]}, r"'a\.png' is no audio; expected flac"),
+        ({"parts": [{"image": "json"}]}, "'json' is no image"),
+        ({"parts": [{"text": "\ud83d"}]}, r"U\+D83D"),
+        ({"texts": "abc"}, "texts is a str, expected a list"),
+        ({"texts": ["a"], "images": "x"}, "pictures is a str"),
+        ({"texts": ["a"], "images": [None, "a.png"]}, "1 texts and 2 pictures; the lists run in parallel"),
+        ({"texts": ["a"], "images": ["a.png"]}, "place 0 has text and a picture"),
+        ({"texts": [None], "images": [[]]}, "the document is empty"),
+        ({"texts": [None], "images": [["a.png"]]}, "not laid out"),
+        ({"texts": [None], "image_info": [{"image_base64": "%%%"}]}, "base64 cannot be read"),
+        ({"texts": [None], "image_info": [{"image_base64": "AAA"}]}, "base64 cannot be read"),
+        ({"texts": [None], "image_info": [{"image_base64": "日本"}]}, "base64 cannot be read"),
+        ({"texts": [None], "image_info": [{"image_base64": 7}]}, "base64 cannot be read"),
+        ({"texts": [None], "image_info": [{"image_base64": "R0lGODlh"}]}, "neither jpg, png nor webp"),
+        ({"texts": [None], "image_info": [{"url": "x"}]}, "its image '' is not in the shard"),
+        ({"text_list": ["a"], "image_info": [{"image_name": "a.png"}]}, "KeyError: 'similarity_matrix'"),
+        ({"text_list": ["a"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]}, "sentence 1 of 1"),
+        ({"text_list": ["a"], "image_info": [{"image_name": "a.png", "matched_text_index": -1}]}, "sentence -1 of 1"),
+        ({"text_list": ["a"], "image_info": [{"image_name": "a.png", "matched_text_index": 1e999}]}, "OverflowError"),
+        ({"text_list": [], "image_info": [{"image_name": "a.png"}], "similarity_matrix": [[]]}, "not laid out"),
+        ({"text_list": ["a"], "image_info": [{"image_name": "a.png"}], "similarity_matrix": [[]]}, "IndexError"),
+        ({"text_list": "abc"}, "text_list is a str"),
+        ({"parts": [{"x" * 10_000: 1}]}, "part 0 is neither"),
+        ({"parts": [{"image": "x" * 10_000}]}, "is not in the shard"),
+        ({"texts": ["a"], "images": {"x" * 10_000: 1}}, "pictures is a dict"),
+    ],
+)
+def test_what_is_no_document_is_named(
+    read: Callable[..., Any], picture: Callable[..., bytes], document: Any, words: str
+) -> None:
+    found = read({"a.png": picture(), "json": document})
+    assert isinstance(found, DataError)
+    with pytest.raises(DataError, match=words):
+        raise found
+    line = str(found)
+    assert line.startswith("s/0/k in ") and "\n" not in line and len(line) < 800
+
+
+def test_the_length_of_a_document_is_bounded(read: Callable[..., Any]) -> None:
+    found = read({"json": {"texts": ["a" * 600, "b" * 600]}}, Limits(text_chars=1000))
+    assert "characters are more than data.max_text_chars = 1,000" in str(found)
+
+
+KEYS = st.sampled_from(
+    [
+        *("parts", "texts", "text_list", "images", "image_info", "similarity_matrix", "matched_text_index"),
+        *("text", "image", "audio", "video", "loss", "image_name", "image_base64", "", "x"),
+    ]
+)
+WORDS = st.sampled_from(["a.png", "A.PNG", "json", "text", "image", "iVBORw0KGgo=", "AAAA", "\ud800", "\0", "1"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | st.just(2**2000),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=20,
+)
+DOCUMENTS = st.fixed_dictionaries(
+    {}, optional={key: VALUES for key in ("parts", "texts", "text_list", "images", "image_info", "similarity_matrix")}
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=DOCUMENTS | VALUES, spelt=st.booleans())
+def test_any_json_is_a_document_or_one_clear_error(
+    tmp_path: Path, picture: Callable[..., bytes], document: Any, spelt: bool
+) -> None:
+    """As the text of a member, and as the row of a table."""
+    members: dict[str, Any] = {"a.png": picture()}
+    if spelt or not isinstance(document, dict):
+        members["json"] = json.dumps(document).encode()
+    shard = Tar(os.devnull)
+    group = Group(shard, "k", members, None if "json" in members else document)
+    try:
+        (sample,) = InterleavedConfig(path="x", name="s").build("").samples(group, Limits())
+    except DataError as error:
+        assert str(error).startswith(f"s/null/k in {os.devnull}: ") and "\n" not in str(error)
+    else:
+        assert sample.parts and all(isinstance(part, Text | Media) for part in sample.parts)
+        for part in sample.parts:
+            assert not isinstance(part, Text) or (isinstance(part.text, str) and "\0" not in part.text)
+
+
+@pytest.mark.parametrize("depth", [8, 900, 100_000])
+def test_nested_nonsense(read: Callable[..., Any], depth: int) -> None:
+    for opening, closing in (("[", "]"), ('{"parts":', "}")):
+        found = read({"json": f'{{"parts": {opening * depth}1{closing * depth}}}'.encode()})
+        assert isinstance(found, DataError) and "\n" not in str(found) and len(str(found)) < 800
