@@ -4,6 +4,7 @@ The sequence is a pure function of (data set, seed, mixture); ranks and workers 
 the whole state is where the sequence stands, whatever the number of either, and a run goes on from it with others.
 """
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -154,6 +155,8 @@ class PackedLoader:
         self.load_state_dict(self._state)  # what an earlier call read ahead was not handed out
         requests = (request for _ in range(count) for request in self._step())
         if self._workers:
+            if self._make.settings.decoder == "fast":
+                importlib.import_module("torchvision.io")  # takes a second, and workers have what is here
             made = run_workers(self._make, requests, self._workers)
         else:
             made = ((request, self._make(request, new_arrays)) for request in requests)

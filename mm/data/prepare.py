@@ -103,13 +103,7 @@ class PackJob:
             self._describe(Plan.read(plan))
         (self.work / "out").rename(self.out)
         _fsync(self.out.parent)
-        self.remove_work()
         return True
-
-    def remove_work(self) -> None:
-        """This work folder, and those of other settings for the same result."""
-        for left in self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*"):
-            shutil.rmtree(left, ignore_errors=True)
 
     def _step(self, method: str, count: int, done: Callable[[int], bool], workers: Workers) -> bool:
         """The items of one step that are mine and not done; True when nobody has any left."""
@@ -209,6 +203,7 @@ def pack_split(
     fingerprint = _digest([FORMAT_VERSION, layout.describe(), asdict(settings), described, identities])
     folder = out or data.cache.expanduser() / "packed" / f"{split}-{fingerprint}"
     if _is_packed(folder, fingerprint):
+        _remove_work(folder)
         return folder
     # What the set was made of, without where that happened to lie: names and sizes, not folders and times.
     names = [
@@ -220,12 +215,20 @@ def pack_split(
     work = folder.with_name(f".{folder.name}.work-{fingerprint}")
     job = PackJob(folder, work, sources, shards, known, layout, settings, provenance, cache, progress)
     try:
-        return folder if job.run(workers) else None
+        finished = job.run(workers)
     except OSError:
-        if not _is_packed(folder, fingerprint):
+        # Another process may have finished the same set, and taken the work folder away.
+        if not (finished := _is_packed(folder, fingerprint)):
             raise
-        job.remove_work()  # another process has finished the same set, and taken the work folder away
-        return folder
+    if finished:
+        _remove_work(folder)
+    return folder if finished else None
+
+
+def _remove_work(folder: Path) -> None:
+    """The work folders of a finished set, those of other settings included."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.work-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_packed(folder: Path, fingerprint: str) -> bool:

@@ -30,7 +30,7 @@ from mm.data.sources import Source, sample_id
 from mm.data.tokens import COSTS, DoesNotFit, Segment, SegmentMedia, costs_of, make_segment, split_segment
 from mm.errors import DataError
 
-BATCH = 1024
+BATCH, BATCH_TOKENS = 1024, 1 << 22  # what is kept of segments before it is written, whichever comes first
 COUNTED = ("tokens", "loss_tokens", "inserted_tokens", *COSTS)
 MEDIUM = pa.struct(
     [
@@ -100,7 +100,7 @@ def file_state(path: Path) -> list[int]:
 
 
 def is_scanned(path: Path) -> bool:
-    return path.with_suffix(".json").exists()
+    return all(path.with_suffix(ext).exists() for ext in (".json", ".arrow", ".media"))
 
 
 def scan_shard(
@@ -239,6 +239,7 @@ class _Rows:
     def __init__(self, out: pa.RecordBatchFileWriter, copies: IO[bytes], stays: bool) -> None:
         self._out, self._copies, self._stays = out, copies, stays
         self._rows: list[dict[str, Any]] = []
+        self._tokens = 0
 
     def add(self, segments: list[tuple[str, int, Segment]]) -> None:
         """All segments of one sample: its media are copied once for all visits."""
@@ -256,7 +257,8 @@ class _Rows:
                     "media": media,
                 }
             )
-        if len(self._rows) >= BATCH:
+            self._tokens += len(segment)
+        if len(self._rows) >= BATCH or self._tokens >= BATCH_TOKENS:
             self.flush()
 
     def _medium(self, one: SegmentMedia, copied: dict[int, int]) -> dict[str, Any]:
@@ -287,6 +289,7 @@ class _Rows:
         ]
         self._out.write_batch(pa.record_batch(arrays, schema=SEGMENTS))
         self._rows.clear()
+        self._tokens = 0
 
 
 def _lists(values: list[np.ndarray]) -> pa.ListArray:

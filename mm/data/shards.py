@@ -36,6 +36,7 @@ EXTENDED = (
 )  # fmt: skip
 MAX_EXTENDED_HEADER = 1 << 20
 MAX_EXTENDED_HEADERS = 8  # of one member
+MAX_NAME = 4096  # what Linux takes
 PAX_RECORD = re.compile(rb"(\d{1,8}) [^=]{1,1000}=")
 # Python before 3.11.10 looks for `\d+ hdrcharset` in a pax header, which takes the square of the length of a number.
 LONG_NUMBER = re.compile(rb"\d{300}")
@@ -369,11 +370,11 @@ class Tar:
     def _wrong_size(self, info: tarfile.TarInfo, next_header: int, size: int) -> str | None:
         """Why the data of a member cannot lie between its header and the next one in a file of `size` bytes, if so."""
         if info.size < 0 or next_header < info.offset_data:
-            return f"{self.path}: damaged: member {info.name!r} has a size of {info.size} bytes; {AGAIN}"
+            return f"{self.path}: damaged: member {info.name[:100]!r} has a size of {info.size} bytes; {AGAIN}"
         end = info.offset_data + info.size if info.isreg() and not info.issparse() else next_header
         if end > size:
             return (
-                f"{self.path}: truncated inside member {info.name!r}: it needs {end - info.offset_data} bytes, "
+                f"{self.path}: truncated inside member {info.name[:100]!r}: it needs {end - info.offset_data} bytes, "
                 f"{max(0, size - info.offset_data)} are left; {AGAIN}"
             )
         return None
@@ -381,6 +382,8 @@ class Tar:
     def _refusal(self, info: tarfile.TarInfo) -> str | None:
         """Why a member is not read, if so: only plain files and folders with plain names are."""
         name = info.name
+        if len(name) > MAX_NAME:
+            return f"{self.path}: member {name[:100]!r}…: its name has {len(name)} characters; refused"
         # Backslashes separate folders where the shard may have been made, or where a sample's name may end up.
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
             return f"{self.path}: member {name!r} points outside the shard; refused"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack
+from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack, read_range
 from mm.data.scan import atomic
 
 
@@ -40,7 +40,7 @@ def take_down(
     for number, pack in enumerate(sorted(set(erased["pack"].to_pylist())), 1):
         place = dataset.place(pack)
         with open(folder / place["shard"], "r+b") as shard:
-            data = _erase(os.pread(shard.fileno(), place["length"], place["offset"]), wanted)
+            data = _erase(read_range(shard, place["offset"], place["length"]), wanted)
             os.pwrite(shard.fileno(), data, place["offset"])
             os.fsync(shard.fileno())
         checksums[pack] = checksum(data)

@@ -11,7 +11,7 @@ stream names, BT.601 where it names none.
 import io
 import math
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -251,6 +251,9 @@ class _Timeline:
                 ends = max(ends, pts + (packet.duration or 0))
         if not self.shown:
             raise DataError(f"{where}: the clip holds no frames")
+        # Some writers give no presentation times: then frames come out in order with the times of other frames.
+        reorders = bool(stream.codec_context.has_b_frames)
+        self.in_order = reorders and all(packet.pts in (None, packet.dts) for packet in self.packets)
         self.shown.sort()
         first, last = self.shown[0], self.shown[-1]
         if ends <= last:  # durations are not stated
@@ -285,6 +288,7 @@ class _Frames:
     def __init__(self, context: Any, timeline: _Timeline, where: str) -> None:
         self.context, self.timeline, self.where = context, timeline, where
         self.next = 0  # the packet that comes next
+        self.came = 0  # frames up to here, where they have no times of their own
         self.work = 0
         self.ahead: list[Any] = []  # decoded and not yet shown
         self.frame: Any = None
@@ -295,6 +299,7 @@ class _Frames:
         if key > self.next:
             self.context.flush_buffers()
             self.next, self.ahead, self.frame = key, [], None
+            self.came = bisect_left(self.timeline.shown, self.timeline.pts[key])
         while self.frame is None or self.frame.pts < pts:
             if not self.ahead and not self._decode():
                 break
@@ -317,6 +322,10 @@ class _Frames:
         self.work += sum(frame.width * frame.height for frame in frames)
         if self.work > _DECODED_PIXELS:
             raise DataError(f"{self.where}: too much to decode between the clip's keyframes; re-encode it with more")
+        if self.timeline.in_order:
+            for frame in frames:
+                frame.pts = self.timeline.shown[min(self.came, len(self.timeline.shown) - 1)]
+                self.came += 1
         self.ahead += [frame for frame in frames if frame.pts is not None]
         return True
 

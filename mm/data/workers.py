@@ -8,6 +8,7 @@ Blocks are anonymous files passed through the pipe. They are in no file system (
 bound them), and nothing is left behind when a process is killed.
 """
 
+import contextlib
 import math
 import mmap
 import multiprocessing
@@ -16,6 +17,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import weakref
 from collections import deque
@@ -23,7 +25,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ import torch
 from mm.data.batch import Allocate, Rows, Shapes
 from mm.errors import DataError, MMError
 
-AHEAD = 3  # requests that a worker has at a time
+AHEAD = 3  # requests that a worker has at a time, those that are done and wait for their turn among them
 ALIGN = 64
 Make = Callable[[Any, Allocate], Rows]
 """Makes the rows that a request asks for, their arrays from the allocator that it is given. Raises `DataError`."""
@@ -57,36 +60,36 @@ def run_workers(make: Make, requests: Iterable[Any], workers: int) -> Iterator[t
     At most `AHEAD` requests a worker are taken before their turn. A `DataError` is raised when its turn comes.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    crew = [_Worker(context, make) for _ in range(workers)]
+    crew: list[_Worker] = []
     asked = enumerate(requests)
-    waiting: dict[int, Any] = {}
+    waiting: dict[int, tuple[Any, _Worker]] = {}
     done: dict[int, Rows | DataError] = {}
+    turn = 0
     try:
-        turn = 0
-        exhausted = False
+        while len(crew) < workers:
+            crew.append(_Worker(context, make))
         while True:
-            while not exhausted and (idle := min(crew, key=lambda worker: worker.asked)).asked < AHEAD:
-                number, request = next(asked, (-1, None))
-                if exhausted := number < 0:
-                    break
-                waiting[number] = request
-                idle.ask(number, request)
-            while turn in done:
-                found, request = done.pop(turn), waiting.pop(turn)
+            while (idle := min(crew, key=lambda worker: worker.busy)).busy < AHEAD and (one := next(asked, None)):
+                waiting[one[0]] = one[1], idle
+                idle.ask(*one)
+            if turn in done:
+                found = done.pop(turn)
+                request, worker = waiting.pop(turn)
+                worker.busy -= 1
                 turn += 1
                 if isinstance(found, DataError):
                     raise found
                 yield request, found
-                del found
-                break
-            else:
-                if exhausted and not waiting:
-                    return
+                del found  # or it would be kept while the next one is made
+            elif waiting:
                 for worker in crew:
                     worker.check()
                 for ready in wait([worker.pipe for worker in crew], timeout=1.0):
                     number, answer = next(worker for worker in crew if worker.pipe is ready).answer()
                     done[number] = answer
+                    del answer
+            else:
+                return
     finally:
         for worker in crew:
             worker.stop()
@@ -96,40 +99,43 @@ class _Worker:
     """One process, seen from the one that started it."""
 
     def __init__(self, context: Any, make: Make) -> None:
-        self.pipe, theirs = context.Pipe()
-        self.asked = 0
+        self.busy = 0
+        """Requests that it was given and whose results have not been handed out."""
         self._blocks: dict[int, mmap.mmap] = {}
         self._free: deque[int] = deque()
-        self._process = context.Process(target=_work, args=(theirs, make), daemon=True)
+        requests, self._requests = context.Pipe(duplex=False)
+        self.pipe, answers = context.Pipe()
+        mine = (self._requests, self.pipe)
+        self._process = context.Process(target=_work, args=(requests, answers, mine, os.getpid(), make), daemon=True)
         self._process.start()
-        theirs.close()
+        requests.close()
+        answers.close()
 
     def ask(self, number: int, request: Any) -> None:
         """The blocks that are free again go along with the request."""
         free = [self._free.popleft() for _ in range(len(self._free))]
         try:
-            self.pipe.send((number, request, free))
-        except (BrokenPipeError, ConnectionResetError):
+            self._requests.send((number, request, free))
+        except OSError:
             self._died()
-        self.asked += 1
+        self.busy += 1
 
     def answer(self) -> tuple[int, Rows | DataError]:
         try:
-            number, made = pickle.loads(self.pipe.recv_bytes())
-            self.asked -= 1
-            if isinstance(made, str):
-                raise RuntimeError(f"in a worker:\n{made}")
-            if isinstance(made, DataError):
-                return number, made
-            block, new_size, dropped, places, rows = made
-            for old in dropped:
-                del self._blocks[old]
-            if new_size:
-                handle = recv_handle(self.pipe)
-                self._blocks[block] = mmap.mmap(handle, new_size)
-                os.close(handle)
-        except (EOFError, ConnectionResetError):
+            number, made, new_size = pickle.loads(self.pipe.recv_bytes())
+            handle = recv_handle(self.pipe) if new_size else -1
+        except (EOFError, OSError):
             self._died()
+        if isinstance(made, str):
+            raise RuntimeError(f"in a worker:\n{made}")
+        if isinstance(made, DataError):
+            return number, made
+        block, dropped, places, rows = made
+        for old in dropped:
+            del self._blocks[old]
+        if new_size:
+            self._blocks[block] = mmap.mmap(handle, new_size)
+            os.close(handle)
         # All arrays are views of this one, which therefore goes when the last of them does.
         whole = np.frombuffer(self._blocks[block], dtype=np.uint8)
         weakref.finalize(whole, self._free.append, block)
@@ -140,7 +146,7 @@ class _Worker:
         if not self._process.is_alive() and not self.pipe.poll():
             self._died()
 
-    def _died(self) -> None:
+    def _died(self) -> NoReturn:
         self._process.join(5)
         code = self._process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
@@ -149,9 +155,10 @@ class _Worker:
         ) from None
 
     def stop(self) -> None:
-        self.pipe.close()
         self._process.terminate()
         self._process.join()
+        self._requests.close()
+        self.pipe.close()
         self._process.close()
 
 
@@ -201,29 +208,46 @@ def _anonymous_file(size: int) -> int:
     return handle
 
 
-def _work(pipe: Connection, make: Make) -> None:
-    """The loop of a worker. It ends when nobody is at the other end of the pipe."""
+def _work(requests: Connection, answers: Connection, theirs: Iterable[Connection], parent: int, make: Make) -> None:
+    """The loop of a worker. It ends with the process that started it, whose ends of the pipes are `theirs`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for end in theirs:
+        end.close()
     torch.set_num_threads(1)
     blocks = _Blocks()
-    try:
+    asked: SimpleQueue[tuple[int, Any, list[int]]] = SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, parent, asked), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while True:
-            number, request, free = pipe.recv()
+            number, request, free = asked.get()
             blocks.free += free
             try:
                 rows = make(request, blocks.allocate)
             except DataError as error:
-                pipe.send_bytes(pickle.dumps((number, error)))
+                answers.send_bytes(pickle.dumps((number, error, 0)))
                 continue
             except Exception:
-                pipe.send_bytes(pickle.dumps((number, traceback.format_exc())))
+                answers.send_bytes(pickle.dumps((number, traceback.format_exc(), 0)))
                 continue
             rows.arrays = {}
-            answer = (blocks.taken, blocks.new_size(), blocks.dropped, blocks.places, rows)
-            pipe.send_bytes(pickle.dumps((number, answer)))
+            made = (blocks.taken, blocks.dropped, blocks.places, rows)
+            answers.send_bytes(pickle.dumps((number, made, blocks.new_size())))
             if blocks.handle is not None:
-                send_handle(pipe, blocks.handle, None)
+                send_handle(answers, blocks.handle, None)
                 os.close(blocks.handle)
-    except (EOFError, ConnectionResetError, BrokenPipeError):
-        return
+
+
+def _receive(requests: Connection, parent: int, asked: "SimpleQueue[Any]") -> None:
+    """Takes requests as they come, or both sides might wait for the other to read; ends the process with its parent.
+
+    The pipe alone does not tell: other children of the parent may hold its end open.
+    """
+    try:
+        while True:
+            while not requests.poll(1.0):
+                if os.getppid() != parent:
+                    os._exit(1)
+            asked.put(requests.recv())
+    except (EOFError, OSError):
+        os._exit(0)

@@ -8,7 +8,6 @@ WORK/parts/000000.plan       its rows of plan.parquet
 import contextlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm.data.packed import INDEX, OPEN_FILES, Recent, checksum, join_segments, members_of
+from mm.data.packed import INDEX, OPEN_FILES, Recent, checksum, join_segments, members_of, read_range
 from mm.data.plan import Plan
 from mm.data.sample import Media
 from mm.data.scan import COUNTED, Scan, atomic
@@ -69,13 +68,15 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
         file.flush()
         with open(file.name, "rb") as written:
             for entry in entries:
-                entry["checksum"] = checksum(os.pread(written.fileno(), entry["length"], entry["offset"]))
+                entry["checksum"] = checksum(read_range(written, entry["offset"], entry["length"]))
+        files.check_unchanged()
     _write_part(work / "parts" / f"{number:06d}.plan", pa.Table.from_pylist(rows, schema=PLAN_ROWS))
     _write_part(work / "parts" / f"{number:06d}.index", pa.Table.from_pylist(entries, schema=INDEX))
 
 
 def is_written(work: Path, number: int) -> bool:
-    return (work / "parts" / f"{number:06d}.index").exists()
+    parts = (work / "parts" / f"{number:06d}.{what}" for what in ("index", "plan"))
+    return all(file.exists() for file in (*parts, work / "out" / f"packs-{number:06d}.tar"))
 
 
 def _rows(plan: pa.Table, scanned: list[Scanned]) -> list[dict[str, Any]]:
@@ -83,14 +84,21 @@ def _rows(plan: pa.Table, scanned: list[Scanned]) -> list[dict[str, Any]]:
     packs, scans, places = (plan[name].to_numpy() for name in ("pack", "scan", "row"))
     rows: list[dict[str, Any]] = [{}] * len(plan)
     for number in np.unique(scans).tolist():
-        mine = np.flatnonzero(scans == number)
-        segments = Scan(scanned[number].scan).segments.take(places[mine])
-        ids = segments["ids"].combine_chunks()
-        values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
-        for at, (place, row) in enumerate(zip(mine.tolist(), segments.drop_columns("ids").to_pylist(), strict=True)):
-            row["ids"] = values[offsets[at] : offsets[at + 1]]
-            about = {"pack": int(packs[place]), "from": number, "source": scanned[number].source}
-            rows[place] = row | about | {"shard": scanned[number].name}
+        of_scan = np.flatnonzero(scans == number)
+        about = {"from": number, "source": scanned[number].source, "shard": scanned[number].name}
+        start = 0
+        # Batch by batch: taken from the table, all of its columns would be copied first.
+        for batch in Scan(scanned[number].scan).segments.to_batches():
+            at = places[of_scan] - start
+            mine = of_scan[(at >= 0) & (at < len(batch))]
+            start += len(batch)
+            if not len(mine):
+                continue
+            taken = batch.take(pa.array(places[mine] - start + len(batch)))
+            values, offsets = taken["ids"].values.to_numpy(), taken["ids"].offsets.to_numpy()
+            others = taken.drop_columns(["ids"]).to_pylist()
+            for place, row, first, last in zip(mine.tolist(), others, offsets[:-1], offsets[1:], strict=True):
+                rows[place] = row | about | {"pack": int(packs[place]), "ids": values[first:last]}
     return rows
 
 
@@ -111,22 +119,29 @@ class _Files:
     def __init__(self, scanned: list[Scanned]) -> None:
         self._scanned = scanned
         self._open: Recent[tuple[int, bool], io.FileIO] = Recent(self._opened, OPEN_FILES)
+        self._in_place: dict[int, Scan] = {}
 
     def _opened(self, which: tuple[int, bool]) -> io.FileIO:
         number, copied = which
         scan = Scan(self._scanned[number].scan)
         if not copied:
             scan.check_unchanged()
+            self._in_place[number] = scan
         return open(scan.copies if copied else scan.shard, "rb", buffering=0)
 
     def read(self, number: int, medium: dict[str, Any]) -> bytes:
         file = self._open[number, medium["copied"]]
-        data = os.pread(file.fileno(), medium["size"], medium["offset"])
+        data = read_range(file, medium["offset"], medium["size"])
         if len(data) != medium["size"]:
             raise DataError(
                 f"{file.name}: ends before byte {medium['offset'] + medium['size']}; pack the data set again"
             )
         return data
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if a shard that was read is not what it was when it was scanned."""
+        for scan in self._in_place.values():
+            scan.check_unchanged()
 
     def close(self) -> None:
         self._open.close()

@@ -230,6 +230,65 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
     assert "no tar header at byte 1024" in refusal(tmp_path / "x.tar")
 
 
+def test_what_follows_an_end_mark_is_damage_and_is_read(tmp_path: Path) -> None:
+    """Zeros are what a hole in a file reads as; plain readers take them for the end and lose the rest in silence."""
+    one, two = (tar_bytes([(f"{name}.txt", b"x")]) for name in "ab")
+    (tmp_path / "x.tar").write_bytes(one + two)
+    samples, errors = read_all(tmp_path / "x.tar")
+    assert list(samples) == ["a", "b"] and ["zeros, which end a tar, at byte 1024" in str(e) for e in errors] == [True]
+    (tmp_path / "x.tar").write_bytes(one + bytes(100_000))
+    assert list(read(tmp_path / "x.tar")) == ["a"]
+
+
+def pax(name: str, records: bytes) -> bytes:
+    """An empty member with extended header records that are taken as they are."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    padded = records.ljust(-(-len(records) // 512) * 512, b"\0")
+    return header.tobuf(tarfile.USTAR_FORMAT) + padded + tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        (b"14 comment=xy\n", ""),
+        (b"1" * 900_000, "makes no sense"),
+        (b"900018 comment=" + b"1" * 900_002 + b"\n", "a number of over 300 digits"),
+        (b"2 2 2 2 2 2 2 2 2 2=\n", "makes no sense"),
+        (b"0 a=b\n", "makes no sense"),
+        (b"99 a=b\n", "makes no sense"),
+        (b"6 a=b\n6 a=b\n6", "makes no sense"),
+        (b"16 size=-1024000\n", "makes no sense"),
+        (b"18 size=-10240000\n", "has a size of -10240000 bytes"),
+        (b"20 size=10000000000\n", "truncated inside member"),
+    ],
+)
+def test_extended_headers_that_would_cost_much_are_refused(tmp_path: Path, records: bytes, words: str) -> None:
+    """Some take `tarfile` hours, gigabytes, or back to where it has been."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(pax("a.jpg", records) + tar_bytes([("b.jpg", b"y")]))
+    samples, errors = read_all(path)
+    assert "b" in samples and len(errors) == (words != "")
+    assert all(words in str(error) for error in errors)
+
+
+def test_chains_of_extended_headers_are_refused(tmp_path: Path) -> None:
+    longname = tar_bytes([("k" * 300 + ".jpg", b"")])[:1024]
+    for count, refused in ((4, False), (9, True), (300, True)):
+        (tmp_path / "x.tar").write_bytes(longname * count + tar_bytes([("k.jpg", b"x")]))
+        samples, errors = read_all(tmp_path / "x.tar")
+        assert bool(errors) is refused and len(samples) == 1
+        assert not refused or "over 8 extended headers of one member" in str(errors[0])
+
+
+def test_names_longer_than_a_path_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(
+        tar_bytes([("d/" * 2046 + "a.b", b""), ("d/" * 500_000 + "c.jpg", b""), ("e.f", b"")])
+    )
+    samples, (error,) = read_all(tmp_path / "x.tar")
+    assert len(samples) == 2 and "its name has 1000005 characters" in str(error) and len(str(error)) < 400
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"not a tar at all " * 100, b"\x1f\x8b"])
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content)

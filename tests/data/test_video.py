@@ -102,6 +102,20 @@ def test_the_frame_shown_at_each_time(name: str) -> None:
     assert numbers(found) == list(range(60))
 
 
+def test_frames_without_times_of_their_own_come_in_order() -> None:
+    """Some writers store decoding times alone, though the codec reorders: box.mp4 of OpenCV's samples is one."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(clip("mp4", frames=48))) as source, av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for count, packet in enumerate(p for p in source.demux() if p.size):
+            packet.stream = stream
+            packet.dts = packet.pts = round(count / 24 / packet.time_base)
+            out.mux(packet)
+    data = file.getvalue()
+    times = [(i + 0.5) / 24 for i in (0, 1, 2, 3, 7, 13, 14, 30, 31, 47)]
+    assert numbers(decode_video(data, times, PLAIN, "s")) == [0, 1, 2, 3, 7, 13, 14, 30, 31, 47]
+
+
 def scene(i: int) -> np.ndarray:
     rng = np.random.default_rng(7)
     small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
