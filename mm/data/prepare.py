@@ -127,7 +127,8 @@ class PackJob:
 
     def write(self, number: int) -> None:
         scanned = [
-            Scanned(self._scan_path(n), self.sources[source].name, url) for n, (source, url) in enumerate(self.shards)
+            Scanned(self._scan_path(n), self.sources[source].name, PurePosixPath(url).name)
+            for n, (source, url) in enumerate(self.shards)
         ]
         write_shard(self.work, number, scanned)
 
