@@ -36,15 +36,20 @@ def train(args: argparse.Namespace) -> Result:
 def pack(args: argparse.Namespace) -> Result:
     from mm.config import load_config
     from mm.data.packed import PackedDataset
-    from mm.data.prepare import SPLITS, Workers, pack_split
+    from mm.data.prepare import SPLITS, Workers, cores, pack_split
     from mm.display import Display
 
+    if Path(args.config).is_dir():
+        folders = [path.parent for path in sorted(Path(args.config).glob("**/dataset.json"))]
+        if not args.drop_ids or not folders:
+            raise ConfigError(f"{args.config}: a folder; give a config, or a packed set with --drop-ids")
+        return {str(folder): drop(args, folder) for folder in folders}
     config = load_config(args.config, args.overrides)
     if config.data.packed is not None:
         raise ConfigError(
             f"{args.config}: data.packed is set: this config reads a packed set; give data.sources to pack"
         )
-    workers = Workers(args.workers or os.cpu_count() or 1, args.executor, args.slice)
+    workers = Workers(args.workers or cores(), args.executor, args.slice)
     layout = config.model.layout()
     packed: Result = {}
     for split in SPLITS:
@@ -57,12 +62,7 @@ def pack(args: argparse.Namespace) -> Result:
                 packed[split] = None
                 continue
             if args.drop_ids:
-                from mm.data.packed import read_ids
-                from mm.data.takedown import take_down
-
-                with Display() as display:
-                    counts = take_down(folder, read_ids(Path(args.drop_ids)), display.packing)
-                say(args, f"{split}: {counts['samples']} samples taken down, {counts['unknown']} ids not found")
+                drop(args, folder)
             about = PackedDataset(folder).about
             packed[split] = {"folder": str(folder), **{k: about[k] for k in ("packs", "tokens", "fill")}}
             say(
@@ -70,6 +70,18 @@ def pack(args: argparse.Namespace) -> Result:
                 f"{split}: {about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full: {folder}",
             )
     return packed
+
+
+def drop(args: argparse.Namespace, folder: Path) -> Result:
+    """`mm pack --drop-ids`, in one packed split."""
+    from mm.data.packed import read_ids
+    from mm.data.takedown import take_down
+    from mm.display import Display
+
+    with Display() as display:
+        counts = take_down(folder, read_ids(Path(args.drop_ids)), display.packing)
+    say(args, f"{folder}: {counts['samples']} samples taken down, {counts['unknown']} ids not found")
+    return dict(counts)
 
 
 def slice_of(text: str) -> tuple[int, int]:

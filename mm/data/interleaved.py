@@ -70,7 +70,11 @@ class Interleaved(FilesSource):
 def _parts(group: Group, entries: list[Fields], where: str) -> list[Part]:
     parts: list[Part] = []
     for number, entry in enumerate(_list(entries, "parts")):
-        kind = next((kind for kind in ("text", *MEDIA_EXTENSIONS) if kind in entry), None)
+        kinds = [kind for kind in ("text", *MEDIA_EXTENSIONS) if kind in entry]
+        # In the column of a table every entry has all keys, and null in those that it does not use.
+        kind = next((kind for kind in kinds if entry[kind] is not None), None)
+        if kind is None and kinds:
+            continue
         if kind is None:
             raise DataError(
                 f"{where}: part {number} is neither text, image, audio nor video; found {shortened(sorted(entry))}"

@@ -6,7 +6,7 @@ the whole state is where the sequence stands, whatever the number of either, and
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from mm.data.layout import Layout
 from mm.data.media import Decoder
 from mm.data.mixture import Draw, Mixture, MixtureConfig, Policy, SourceInfo
 from mm.data.pack import balance
-from mm.data.packed import Pack, PackedDataset, Reader
+from mm.data.packed import Pack, PackedDataset, Reader, without
 from mm.data.workers import run_workers
 
 EMPTY = Pack(np.empty(0, dtype=np.int32), (), ())
@@ -42,27 +42,8 @@ class _Make:
 
     def __call__(self, request: _Request, allocate: Allocate) -> Rows:
         packs = [EMPTY if place is None else self.reader.read(place) for place in request.places]
-        packs = [without(pack, self.skip) for pack in packs]
+        packs = [without(pack, self.skip, self.settings.layout.pad) for pack in packs]
         return lay_out(packs, self.settings, request.draws, allocate)
-
-
-def without(pack: Pack, skip: frozenset[str]) -> Pack:
-    """The pack with the segments of some samples blanked: their places become padding, their media are gone.
-
-    An id stands for all pieces of a sample: `web/000/7` takes `web/000/7#2` with it.
-    """
-    if not skip:
-        return pack
-    kept = [n for n, segment in enumerate(pack.segments) if not {segment.id, segment.id.split("#")[0]} & skip]
-    if len(kept) == len(pack.segments):
-        return pack
-    new = {old: number for number, old in enumerate(kept)}
-    tokens = np.zeros_like(pack.tokens)
-    for segment in (pack.segments[n] for n in kept):
-        place = slice(segment.start, segment.start + segment.length)
-        tokens[place] = pack.tokens[place]
-    media = tuple(replace(one, segment=new[one.segment]) for one in pack.media if one.segment in new)
-    return Pack(tokens, tuple(pack.segments[n] for n in kept), media)
 
 
 class PackedLoader:
@@ -84,7 +65,6 @@ class PackedLoader:
         workers: processes that read and decode; 0 does so in this one.
         quarantine: damaged media lose their loss in place rather than raising `DataError`.
         decoder: `exact` or `fast`, of pictures and frames.
-        skip: ids of samples that are left out, their places turned into padding.
         pin_memory: hand out batches in page-locked memory, for copies to a GPU beside its work.
     """
 
@@ -103,7 +83,6 @@ class PackedLoader:
         workers: int = 0,
         quarantine: bool = False,
         decoder: Decoder = "exact",
-        skip: frozenset[str] = frozenset(),
         pin_memory: bool = False,
     ) -> None:
         row_length = dataset.about["settings"]["context_length"]
@@ -120,7 +99,7 @@ class PackedLoader:
         self._workers = workers
         self._pin_memory = pin_memory
         settings = RowSettings(layout, row_length, isolate_segments, quarantine, decoder)
-        self._make = _Make(dataset.reader, settings, skip | dataset.dropped)
+        self._make = _Make(dataset.reader, settings, dataset.dropped)
         self._state = self._current()
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,5 +190,5 @@ def one_pass(
     """Every pack once, in the order on disk, `rows` at a time: for evaluation. The last batch may be smaller."""
     row_length = dataset.about["settings"]["context_length"]
     for start in range(0, len(dataset), rows):
-        packs = [without(dataset.read(n), dataset.dropped) for n in range(start, min(start + rows, len(dataset)))]
+        packs = [dataset.kept(n, layout.pad) for n in range(start, min(start + rows, len(dataset)))]
         yield collate(packs, layout, row_length, isolate_segments, quarantine, decoder)

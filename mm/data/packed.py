@@ -14,7 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Generic, Protocol, TypeVar
@@ -195,6 +195,25 @@ class Reader:
         self._files.close()
 
 
+def without(pack: Pack, skip: frozenset[str], pad: int) -> Pack:
+    """The pack with the segments of some samples blanked: their places become padding, their media are gone.
+
+    An id stands for all pieces of a sample: `web/000/7` takes `web/000/7#2` with it.
+    """
+    if not skip:
+        return pack
+    kept = [n for n, segment in enumerate(pack.segments) if not {segment.id, segment.id.split("#")[0]} & skip]
+    if len(kept) == len(pack.segments):
+        return pack
+    new = {old: number for number, old in enumerate(kept)}
+    tokens = np.full_like(pack.tokens, pad)
+    for segment in (pack.segments[n] for n in kept):
+        place = slice(segment.start, segment.start + segment.length)
+        tokens[place] = pack.tokens[place]
+    media = tuple(replace(one, segment=new[one.segment]) for one in pack.media if one.segment in new)
+    return Pack(tokens, tuple(pack.segments[n] for n in kept), media)
+
+
 class PackedDataset:
     """A packed split, read by pack number. Picklable; every process opens its own files, and few at a time.
 
@@ -263,6 +282,14 @@ class PackedDataset:
         """One pack. Raises `DataError` when its bytes are not those that were written."""
         return self.reader.read(self.place(pack))
 
+    def kept(self, pack: int, pad: int = 0) -> Pack:
+        """One pack, with the samples that were dropped as padding."""
+        return without(self.read(pack), self.dropped, pad)
+
+    def drop(self, ids: frozenset[str]) -> None:
+        """Leave samples out of everything that reads the set for use; the files stay as they are."""
+        self.dropped |= ids
+
     def source_numbers(self) -> np.ndarray:
         """Of every pack the number of its source, in the order of the ledger."""
         names = pa.array(list(self.about["ledger"]))
@@ -274,7 +301,9 @@ class PackedDataset:
 
 
 def read_ids(path: Path) -> frozenset[str]:
-    """Sample ids, one a line."""
+    """Sample ids, one a line. Raises `DataError` where there is no such file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected sample ids, one a line")
     return frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
 
 

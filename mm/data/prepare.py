@@ -20,8 +20,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, get_args
 
 from mm.data.config import DataConfig, Split
@@ -29,7 +30,7 @@ from mm.data.executors import ExecutorName, run
 from mm.data.layout import Layout
 from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset
 from mm.data.plan import Plan, Progress, make_plan
-from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote
+from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote, without_secrets
 from mm.data.scan import PackSettings, Scan, atomic, file_state, is_scanned, scan_shard
 from mm.data.shards import stem
 from mm.data.sources import Source
@@ -37,6 +38,11 @@ from mm.data.write import PLAN_ROWS, Scanned, is_written, join_parts, write_shar
 from mm.errors import DataError
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+def cores() -> int:
+    """The cores that this process may use, which a scheduler may have bounded."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ class PackJob:
 
     def write(self, number: int) -> None:
         scanned = [
-            Scanned(self._scan_path(n), self.sources[source].name, PurePosixPath(url).name)
+            Scanned(self._scan_path(n), self.sources[source].name, _file(url))
             for n, (source, url) in enumerate(self.shards)
         ]
         write_shard(self.work, number, scanned)
@@ -196,7 +202,10 @@ def pack_split(
     shards = [(number, url) for number, source in enumerate(sources) for url in _shards_of(source)]
     settings = pack_settings(data, split, seed)
     described = [config.model_dump(mode="json") for config in configs]
-    known = [identity(url) if is_remote(url) else None for _, url in shards]
+    for one in described:
+        one["path"] = without_secrets(str(one.get("path", "")))
+    with ThreadPoolExecutor(16) as pool:  # servers are asked side by side
+        known = list(pool.map(lambda shard: identity(shard[1]) if is_remote(shard[1]) else None, shards))
     identities = [
         _local_identity(url) if one is None else {"path": url, **one}
         for (_, url), one in zip(shards, known, strict=True)
@@ -207,10 +216,7 @@ def pack_split(
         _remove_work(folder)
         return folder
     # What the set was made of, without where that happened to lie: names and sizes, not folders and times.
-    names = [
-        {"name": PurePosixPath(url).name, "bytes": one["size"]}
-        for (_, url), one in zip(shards, identities, strict=True)
-    ]
+    names = [{"name": _file(url), "bytes": one["size"]} for (_, url), one in zip(shards, identities, strict=True)]
     provenance = {"sources": described, "shards": names, "fingerprint": fingerprint}
     cache = RemoteCache(data.cache.expanduser() / "remote", data.remote_cache)
     work = folder.with_name(f".{folder.name}.work-{fingerprint}")
@@ -265,7 +271,7 @@ def open_splits(
                 f"{data.packed}: no packed training set ({data.packed / 'train'} is missing); see `mm pack`"
             )
     else:
-        workers = Workers(os.cpu_count() or 1)
+        workers = Workers(cores())
         found = {
             split: pack_split(data, split, layout, seed, progress=progress, workers=workers)
             for split in SPLITS
@@ -282,6 +288,11 @@ def open_splits(
 def _local_identity(path: str) -> dict[str, Any]:
     size, modified = file_state(Path(path))
     return {"path": str(Path(path).resolve()), "size": size, "modified": modified}
+
+
+def _file(url: str) -> str:
+    """A shard's file name, without what signs a URL."""
+    return file_name(url) if is_remote(url) else Path(url).name
 
 
 def _name(url: str) -> str:

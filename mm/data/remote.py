@@ -630,7 +630,12 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def without_secrets(text: str) -> str:
+    """The text without the passwords and signatures that urls carry."""
+    return LOGIN.sub("//***@", SECRET.sub(r"\1***", text))
+
+
 def _refusal(url: str, problem: str) -> DataError:
     """One line, without the passwords and signatures that urls carry."""
     text = " ".join(f"{url}: {problem}".split())
-    return DataError(LOGIN.sub("//***@", SECRET.sub(r"\1***", text))[:1000])
+    return DataError(without_secrets(text)[:1000])

@@ -53,8 +53,8 @@ class FilesConfig(KindSection):
     """What every source has."""
 
     path: str
-    """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, `s3://…`, `builtin:emoji/train-*.tar.gz`. Tars, jsonl (also .gz and
-    .zst), parquet, and folders saved by Hugging Face's `datasets`."""
+    """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, `s3:// gs:// hf:// http(s)://`, `builtin:emoji/train-*.tar.gz`.
+    Tars, jsonl (also .gz and .zst), parquet, folders saved by Hugging Face's `datasets`; token ids in .npy and .bin."""
     name: str = ""
     """Its name in counts, mixtures and sample ids; by default the folder that the shards are in."""
     columns: dict[str, str] = {}
@@ -206,7 +206,7 @@ class Pairs(TemplatesSource):
             ]
         captions = [one for one in self._captions(group, fields, where, limits) if self._wanted(one)]
         if not captions:
-            raise DataError(f"{where}: none of its captions has {self._only}")
+            return []  # left out, and counted so
         options = tuple(self._texts({**fields, **caption}, where, limits) for caption in captions)
         if self._all and len(options) > 1:
             return [Sample(f"{id}#{k}", (media, *option), fields) for k, option in enumerate(options)]

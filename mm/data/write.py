@@ -70,6 +70,8 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
             for entry in entries:
                 entry["checksum"] = checksum(read_range(written, entry["offset"], entry["length"]))
         files.check_unchanged()
+    for medium in (one for row in rows for one in row["media"] if one["copied"]):
+        medium["offset"] = None  # the copy goes when the set is whole
     _write_part(work / "parts" / f"{number:06d}.plan", pa.Table.from_pylist(rows, schema=PLAN_ROWS))
     _write_part(work / "parts" / f"{number:06d}.index", pa.Table.from_pylist(entries, schema=INDEX))
 

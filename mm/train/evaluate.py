@@ -56,7 +56,7 @@ def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
     """The targets in some packs, [n] int32; reads no media beyond their bytes."""
     found = []
     for number in packs:
-        pack = dataset.read(number)
+        pack = dataset.kept(number)
         found += [pack.tokens[max(a, s.start + 1) : b] for s in pack.segments for a, b in s.loss]
     return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
 
@@ -88,7 +88,7 @@ def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Ca
     """
     by_picture: dict[str, dict[bytes, Captioned]] = defaultdict(dict)
     for number in range(len(dataset)):
-        pack = dataset.read(number)
+        pack = dataset.kept(number)
         media = defaultdict(list)
         for one in pack.media:
             media[one.segment].append(one)

@@ -113,9 +113,14 @@ class Trainer:
 
         Raises `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
         """
+        if not getattr(self.config.model, "trains", True):
+            raise ConfigError(f"model.kind {self.config.model.kind} packs and loads data; it has nothing to train")
+        skip = read_ids(self.config.data.skip_ids.expanduser()) if self.config.data.skip_ids else frozenset[str]()
         newest = self._open_run_folder(resume)
         layout: Layout = self.config.model.layout()
         splits = open_splits(self.config.data, layout, self.config.seed, self.watcher.packing)
+        for dataset in splits.values():
+            dataset.drop(skip)
         self._write_json("data.json", {split: dataset.about for split, dataset in splits.items()})
         self._build(layout, splits, weights=newest is None)
         self._write_config()
@@ -186,7 +191,6 @@ class Trainer:
             workers=data.workers,
             quarantine=data.max_bad_fraction > 0,
             decoder=data.decoder,
-            skip=read_ids(data.skip_ids) if data.skip_ids else frozenset(),
             pin_memory=self.device.type == "cuda",
         )
         self._loader_state = self.loader.state_dict()

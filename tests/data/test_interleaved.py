@@ -109,7 +109,7 @@ def test_neighbouring_texts_stay_apart(read: Callable[..., Any]) -> None:
         ({"parts": [{"text": 5}]}, "a text is a int"),
         ({"parts": [{"text": []}]}, "a text is a list"),
         ({"parts": [{"image": 5}]}, "not laid out"),
-        ({"parts": [{"image": None}]}, "not laid out"),
+        ({"parts": [{"image": None}]}, "the document is empty"),
         ({"parts": [{"image": "b.png"}]}, r"its image 'b\.png' is not in the shard; there are \['a\.png', 'json'\]"),
         ({"parts": [{"audio": "a.png"}]}, r"'a\.png' is no audio; expected flac"),
         ({"parts": [{"image": "json"}]}, "'json' is no image"),
