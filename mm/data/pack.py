@@ -391,7 +391,8 @@ def balance(costs: np.ndarray, ranks: int) -> np.ndarray:
     if costs.size and costs.min() < 0:
         raise ValueError("costs must not be negative")
     totals = costs.sum(axis=0)
-    parts = costs[:, None] if costs.ndim == 1 else costs / np.where(totals > 0, totals, 1)
+    # One cost is counted in whole numbers, several in parts of their totals.
+    parts = costs.reshape(len(costs), 1) if costs.size == len(costs) else costs / np.where(totals > 0, totals, 1)
     in_turn = np.arange(len(costs)) % ranks
     rows = np.bincount(in_turn, minlength=ranks)
     free, loads = rows.copy(), np.zeros((ranks, parts.shape[1]), dtype=parts.dtype)

@@ -64,17 +64,33 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     crew.clear()
 
 
-def children() -> set[int]:
-    """Processes of this one, but for multiprocessing's own helpers."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid() and fields[0] != "Z":
-            found.add(int(stat.parent.name))
-    return found
+@pytest.fixture(autouse=True)
+def _earlier_children() -> Iterator[None]:
+    """What other tests have started and left running, such as multiprocessing's fork server."""
+    EARLIER.clear()
+    EARLIER.update(children())
+    yield
+    EARLIER.clear()
+
+
+EARLIER: set[int] = set()
+
+
+@pytest.fixture
+def children() -> Callable[[], set[int]]:
+    """The processes that this one has started since the test began; other tests have left helpers running."""
+
+    def now() -> set[int]:
+        found = set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == os.getpid() and state != "Z":
+                    found.add(int(stat.parent.name))
+        return found
+
+    before = now()
+    return lambda: now() - before
 
 
 def mapped() -> int:
@@ -195,7 +211,7 @@ def fails_at(error: Exception) -> Callable[[int, Allocate], Rows]:
     return make
 
 
-def test_a_data_error_is_raised_in_its_turn() -> None:
+def test_a_data_error_is_raised_in_its_turn(children: Callable[[], set[int]]) -> None:
     before: list[int] = []
     with pytest.raises(DataError, match=r"^sample 7 is damaged$"):
         for number, _ in run_workers(fails_at(DataError("sample 7 is damaged")), iter(range(20)), 3):
@@ -204,7 +220,7 @@ def test_a_data_error_is_raised_in_its_turn() -> None:
     assert not children()
 
 
-def test_another_error_carries_the_workers_traceback() -> None:
+def test_another_error_carries_the_workers_traceback(children: Callable[[], set[int]]) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)in a worker:.*in make\b.*ZeroDivisionError: seven"):
         for _ in run_workers(fails_at(ZeroDivisionError("seven")), iter(range(20)), 2):
             pass
@@ -212,7 +228,7 @@ def test_another_error_carries_the_workers_traceback() -> None:
 
 
 @pytest.mark.parametrize("idle", [True, False])
-def test_a_killed_worker_is_one_line_within_seconds(idle: bool) -> None:
+def test_a_killed_worker_is_one_line_within_seconds(idle: bool, children: Callable[[], set[int]]) -> None:
     results = run_workers(make, ((n, 9, 0.0 if idle else 0.2) for n in range(1000)), 2)
     next(results)
     time.sleep(0.3 if idle else 0.0)
@@ -225,7 +241,7 @@ def test_a_killed_worker_is_one_line_within_seconds(idle: bool) -> None:
     assert not children()
 
 
-def test_a_loop_left_early_leaves_nothing_behind() -> None:
+def test_a_loop_left_early_leaves_nothing_behind(children: Callable[[], set[int]]) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd")), mapped()
     results = run_workers(make, iter(range(1000)), 2)
