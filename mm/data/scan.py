@@ -27,7 +27,7 @@ from mm.data.limits import Limits
 from mm.data.sample import Sample
 from mm.data.shards import Extent
 from mm.data.sources import Source, sample_id
-from mm.data.tokens import COSTS, DoesNotFit, Segment, SegmentMedia, costs_of, make_segment, split_segment
+from mm.data.tokens import COSTS, DoesNotFit, Segment, SegmentMedia, costs_of, join_units, read_units, split_units
 from mm.errors import DataError
 
 BATCH, BATCH_TOKENS = 1024, 1 << 22  # what is kept of segments before it is written, whichever comes first
@@ -191,7 +191,8 @@ def _segments(
     counts = dict.fromkeys(LEDGER, 0)
     for visit in range(settings.visits):
         parts = sample.drawn(settings.seed, visit)
-        whole = make_segment(parts, layout, sample.id, settings.limits)
+        units = read_units(parts, layout, sample.id, settings.limits)
+        whole = join_units(units, layout)
         costs = {"tokens": len(whole), **costs_of(whole.media)}
         over = [name for name, most in settings.capacities.items() if costs[name] > most]
         pieces = [whole]
@@ -205,7 +206,7 @@ def _segments(
             pieces = []
         if over and settings.too_long == "split":
             with contextlib.suppress(DoesNotFit):
-                pieces = split_segment(parts, layout, sample.id, settings.limits, settings.capacities)
+                pieces = split_units(units, layout, sample.id, settings.capacities)
         if not pieces:
             counts["too_long"] += 1
             counts["too_long_tokens"] += len(whole)

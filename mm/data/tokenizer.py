@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
@@ -44,9 +45,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def starts(self, text: str) -> list[int]:
-        """Of every token of `encode(text)` the character it starts at."""
-        return [start for start, _ in self._backend.encode(text, add_special_tokens=False).offsets]
+    def encode_placed(self, text: str) -> tuple[list[int], Callable[[], list[int]]]:
+        """`encode(text)`, and a function that gives the character that every token starts at, worked out when asked."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, lambda: [start for start, _ in encoding.offsets]
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)

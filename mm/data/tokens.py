@@ -5,8 +5,7 @@ or, where it is longer than a row and may be split, several: cut between sentenc
 """
 
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,15 +64,17 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class Unit:
     """A run of text tokens, or one medium (`ids` are its placeholders).
 
-    `quality` [n]: how well the text may be cut before each token, 0 (inside a word) to 4 (a new paragraph).
+    `starts`: gives the character of `text` that each token starts at. `quality` [n]: how well the text may be cut
+    before each token, 0 (inside a word) to 4 (a new paragraph).
     """
 
     ids: np.ndarray
     loss: bool
     text: str | None = None
+    starts: Callable[[], list[int]] | None = None
     media: SegmentMedia | None = None
     quality: np.ndarray | None = None
 
@@ -90,25 +91,26 @@ def make_segment(
     Text that follows media opens with `template.after_media`; adjacent text with the same `loss` is tokenised as one
     run. The end-of-text token is a target wherever the last text is. Raises `DataError` for unreadable media.
     """
-    units = _units(parts, layout, where, limits)
+    return join_units(read_units(parts, layout, where, limits), layout, closed)
+
+
+def join_units(units: list[Unit], layout: Layout, closed: bool = True) -> Segment:
+    """One segment of all units."""
     return _join(units, layout, closed, _learns_end(units))
 
 
-def split_segment(
-    parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits, capacities: Mapping[str, int]
-) -> list[Segment]:
-    """The same parts as several segments, each within `capacities` (`tokens`, and media by `costs_of`'s names).
+def split_units(units: list[Unit], layout: Layout, where: str, capacities: Mapping[str, int]) -> list[Segment]:
+    """The same units as several segments, each within `capacities` (`tokens`, and media by `costs_of`'s names).
 
     Every piece opens with bos, the last ends with eos; together they hold every token once, in order. A medium that
     does not fit in a piece of its own raises `DoesNotFit`.
     """
     template = layout.template
     most = {**capacities, "tokens": capacities["tokens"] - (template.bos is not None) - (template.eos is not None)}
-    pieces: list[list[_Unit]] = [[]]
+    pieces: list[list[Unit]] = [[]]
     left = dict(most)
-    units = _units(parts, layout, where, limits)
     for unit in units:
-        rest: _Unit | None = unit
+        rest: Unit | None = unit
         while rest is not None:
             costs = {"tokens": len(rest.ids), **costs_of([rest.media] if rest.media else [])}
             over = [name for name in most if costs[name] > left[name]]
@@ -117,7 +119,7 @@ def split_segment(
                 left = {name: left[name] - costs[name] for name in most}
                 break
             if rest.media is None:
-                head, rest = _cut(rest, left["tokens"], layout, fresh=not pieces[-1])
+                head, rest = _cut(rest, left["tokens"], fresh=not pieces[-1])
                 pieces[-1] += [head] if len(head.ids) else []
             elif not pieces[-1]:
                 raise DoesNotFit(
@@ -139,21 +141,23 @@ def costs_of(media: Iterable[SegmentMedia]) -> dict[str, int]:
     return costs
 
 
-def _units(parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits) -> list[_Unit]:
+def read_units(parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits) -> list[Unit]:
+    """Text tokenised and media probed: all that laying out takes time for. Raises `DataError`."""
     units = []
     for part in _text_runs(parts, layout.template.after_media):
         if isinstance(part, Media):
             one = _probe(part, layout, where, limits)
-            units.append(_Unit(np.full(one.length, layout.pad, dtype=np.int32), False, media=one))
+            units.append(Unit(np.full(one.length, layout.pad, dtype=np.int32), False, media=one))
         elif isinstance(part, Tokens):
             if part.ids.min() < 0 or part.ids.max() >= len(layout.tokenizer):
                 raise DataError(
                     f"{where}: token ids from {part.ids.min()} to {part.ids.max()}; the tokenizer has "
                     f"{len(layout.tokenizer)}: it was tokenised for another model"
                 )
-            units.append(_Unit(part.ids.astype(np.int32), part.loss))
+            units.append(Unit(part.ids.astype(np.int32), part.loss))
         else:
-            units.append(_Unit(np.array(layout.tokenizer.encode(part.text), dtype=np.int32), part.loss, part.text))
+            ids, starts = layout.tokenizer.encode_placed(part.text)
+            units.append(Unit(np.array(ids, dtype=np.int32), part.loss, part.text, starts))
     return units
 
 
@@ -178,12 +182,12 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
     raise DataError(f"{where}: the model takes no {media.kind}")
 
 
-def _learns_end(units: list[_Unit]) -> bool:
+def _learns_end(units: list[Unit]) -> bool:
     """The end of text is learned where the last text is."""
     return next((unit.loss for unit in reversed(units) if unit.media is None), True)
 
 
-def _join(units: list[_Unit], layout: Layout, closed: bool, learns_end: bool) -> Segment:
+def _join(units: list[Unit], layout: Layout, closed: bool, learns_end: bool) -> Segment:
     template = layout.template
     runs: list[np.ndarray] = []
     loss: list[tuple[int, int]] = []
@@ -212,14 +216,14 @@ def _join(units: list[_Unit], layout: Layout, closed: bool, learns_end: bool) ->
     return Segment(ids, tuple(loss), tuple(media), inserted)
 
 
-def _cut(unit: _Unit, room: int, layout: Layout, fresh: bool) -> tuple[_Unit, _Unit]:
+def _cut(unit: Unit, room: int, fresh: bool) -> tuple[Unit, Unit]:
     """A text unit in two, the first of at most `room` tokens.
 
     The cut is the best one that fills at least half the room. Behind something else (not `fresh`) and without a
     sentence's end in reach nothing is taken, so that the text opens the next piece.
     """
     if unit.quality is None:
-        unit = replace(unit, quality=_cut_quality(unit, layout))
+        unit = replace(unit, quality=_cut_quality(unit))
     assert unit.quality is not None
     reach = unit.quality[: room + 1]
     at = room if fresh or unit.text is None else 0
@@ -231,16 +235,16 @@ def _cut(unit: _Unit, room: int, layout: Layout, fresh: bool) -> tuple[_Unit, _U
     return tuple(replace(unit, ids=unit.ids[s], quality=unit.quality[s]) for s in (slice(at), slice(at, None)))  # type: ignore[return-value]
 
 
-def _cut_quality(unit: _Unit, layout: Layout) -> np.ndarray:
+def _cut_quality(unit: Unit) -> np.ndarray:
     quality = np.zeros(len(unit.ids), dtype=np.uint8)
-    if unit.text is None:
+    if unit.text is None or unit.starts is None:
         return quality
-    starts = layout.tokenizer.starts(unit.text)
-    ends = [(1, match.start()) for match in WORD.finditer(unit.text)]
-    ends += [(level, match.end()) for level, kind in enumerate(ENDS, 2) for match in kind.finditer(unit.text)]
-    for level, end in ends:  # levels rise, so the best remains
-        if 0 < (place := bisect_left(starts, end)) < len(quality):
-            quality[place] = level
+    starts = np.array(unit.starts())
+    ends = [[match.start() for match in WORD.finditer(unit.text)]]
+    ends += [[match.end() for match in kind.finditer(unit.text)] for kind in ENDS]
+    for level, found in enumerate(ends, 1):  # levels rise, so the best remains
+        places = np.searchsorted(starts, found)
+        quality[places[(places > 0) & (places < len(quality))]] = level
     return quality
 
 

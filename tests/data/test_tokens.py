@@ -15,7 +15,7 @@ from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import decode_image
 from mm.data.sample import Media, Text, Tokens
-from mm.data.tokens import DoesNotFit, Segment, costs_of, make_segment, split_segment
+from mm.data.tokens import DoesNotFit, Segment, costs_of, make_segment, read_units, split_units
 from mm.errors import DataError
 
 # Ids of the emoji tokenizer: special tokens, and pieces of text.
@@ -26,6 +26,10 @@ LIMITS = Limits()
 
 def lay_out(layout: Layout, *parts: Text | Media, closed: bool = True) -> Segment:
     return make_segment(parts, layout, "s/0/k", LIMITS, closed)
+
+
+def split(parts: tuple[Text | Media | Tokens, ...], layout: Layout, capacities: dict[str, int]) -> list[Segment]:
+    return split_units(read_units(parts, layout, "s/0/k", LIMITS), layout, "s/0/k", capacities)
 
 
 @pytest.fixture
@@ -215,7 +219,7 @@ ENDS = {4: r"\n[^\S\n]*\n", 3: r"\n", 2: r"[.!?][\"')\]]*(?=\s)|[。！？]"}
 
 def cut_levels(layout: Layout, text: str) -> list[int]:
     """How well the text may be cut before each of its tokens, by trying every place."""
-    starts = layout.tokenizer.starts(text)
+    starts = layout.tokenizer.encode_placed(text)[1]()
     levels = [0] * len(starts)
     for level in (2, 3, 4):
         for end in (match.end() for match in re.finditer(ENDS[level], text)):
@@ -258,7 +262,7 @@ def test_pieces_hold_the_whole(
     parts = [Media("image", picture(n), "png") if part == "image" else part for n, part in enumerate(parts)]
     capacities = {"tokens": tokens, "image": images}
     whole = make_segment(tuple(parts), layout, "s/0/k", LIMITS)
-    pieces = split_segment(tuple(parts), layout, "s/0/k", LIMITS, capacities)
+    pieces = split(tuple(parts), layout, capacities)
 
     inner: list[int] = []
     learned: set[int] = set()
@@ -289,7 +293,7 @@ def test_text_is_cut_at_the_best_place_in_the_second_half(layout: Layout, text: 
     """Paragraphs before lines before sentences; a piece is shorter than half of its room only at the end."""
     levels, room = cut_levels(layout, text), tokens - 2
     at = 0
-    for piece in split_segment((Text(text),), layout, "s/0/k", LIMITS, {"tokens": tokens})[:-1]:
+    for piece in split((Text(text),), layout, {"tokens": tokens})[:-1]:
         length = len(piece) - 1
         reach = [levels[at + n] for n in range(-(-room // 2), room + 1) if at + n < len(levels)]
         best = max(reach)
@@ -305,7 +309,7 @@ def test_cuts_by_eye(layout: Layout, image: Media) -> None:
     text = "Eine Katze. Noch eine Katze! Drei Katzen\n\nVier. Und so weiter, und so fort, ohne Ende"
 
     def said(*parts: Text | Media, tokens: int) -> list[str]:
-        pieces = split_segment(parts, layout, "s/0/k", LIMITS, {"tokens": tokens})
+        pieces = split(parts, layout, {"tokens": tokens})
         return [
             layout.tokenizer.decode([t for t in piece.ids.tolist() if t not in (BOS, EOS, PAD)]) for piece in pieces
         ]
@@ -319,15 +323,15 @@ def test_cuts_by_eye(layout: Layout, image: Media) -> None:
 
 
 def test_a_medium_over_a_row_does_not_fit(layout: Layout, image: Media, make_layout: Callable[..., Layout]) -> None:
-    split_segment((image,), layout, "s/0/k", LIMITS, {"tokens": 6, "image_cost": 9})
+    split((image,), layout, {"tokens": 6, "image_cost": 9})
     for capacities in ({"tokens": 5}, {"tokens": 99, "image_cost": 8}, {"tokens": 99, "image_tokens": 3}):
         with pytest.raises(DoesNotFit, match="s/0/k: its image takes"):
-            split_segment((Text("cat"), image, Text("cat")), layout, "s/0/k", LIMITS, capacities)
+            split((Text("cat"), image, Text("cat")), layout, capacities)
 
 
 def test_the_end_after_media_is_learned_as_in_the_whole(layout: Layout, image: Media) -> None:
     """A last piece of nothing but pictures does not know by itself whether the text before them was learned."""
     for loss in (True, False):
-        pieces = split_segment((Text("cat " * 9, loss=loss), image), layout, "s/0/k", LIMITS, {"tokens": 12})
+        pieces = split((Text("cat " * 9, loss=loss), image), layout, {"tokens": 12})
         assert len(pieces) == 2 and pieces[-1].ids.tolist()[-5:] == [PAD] * 4 + [EOS]
         assert any(b == len(pieces[-1]) for _, b in pieces[-1].loss) is loss

@@ -64,18 +64,6 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     crew.clear()
 
 
-@pytest.fixture(autouse=True)
-def _earlier_children() -> Iterator[None]:
-    """What other tests have started and left running, such as multiprocessing's fork server."""
-    EARLIER.clear()
-    EARLIER.update(children())
-    yield
-    EARLIER.clear()
-
-
-EARLIER: set[int] = set()
-
-
 @pytest.fixture
 def children() -> Callable[[], set[int]]:
     """The processes that this one has started since the test began; other tests have left helpers running."""
