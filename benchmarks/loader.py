@@ -106,6 +106,7 @@ def rows(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str]) -> list
         """How many times as many pictures, the median over paired runs."""
         return statistics.median(a["rate"] / b["rate"] for a, b in zip(runs[one], runs[other], strict=True))
 
+    plain = "webdataset, Pillow"
     found: list[Row] = []
     tokens = median("ours, fast", "tokens")
     for what, unit, better in (("rate", "pictures/s", "higher"), ("cpu", "CPU ms/picture", "lower")):
@@ -115,8 +116,7 @@ def rows(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str]) -> list
         )  # fmt: skip
         found.append(
             {"case": "decoder exact", "unit": unit, "better": better, "ours": median("ours, exact", what),
-             "peers": {named["webdataset, Pillow"]: median("webdataset, Pillow", what)},
-             "limit": median("limit, exact", what)}
+             "peers": {named[plain]: median(plain, what)}, "limit": median("limit, exact", what)}
         )  # fmt: skip
     found.append(
         {"case": "decoder fast, with placeholders", "unit": "tokens/s", "better": "higher",
@@ -126,7 +126,6 @@ def rows(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str]) -> list
         {"case": "ours over each, paired runs, fast", "unit": "x", "better": "higher", "ours": 1.0,
          "peers": of_peers(lambda name: over("ours, fast", name)), "limit": over("ours, fast", "limit, fast")}
     )  # fmt: skip
-    plain = "webdataset, Pillow"
     found.append(
         {"case": "ours over each, paired runs, exact", "unit": "x", "better": "higher", "ours": 1.0,
          "peers": {named[plain]: over("ours, exact", plain)}, "limit": over("ours, exact", "limit, exact")}
