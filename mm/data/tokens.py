@@ -110,7 +110,7 @@ def split_units(units: list[Unit], layout: Layout, where: str, capacities: Mappi
     pieces: list[list[Unit]] = [[]]
     left = dict(most)
     for unit in units:
-        rest: Unit | None = unit
+        rest: Unit | None = unit if len(unit.ids) or unit.media else None
         while rest is not None:
             costs = {"tokens": len(rest.ids), **costs_of([rest.media] if rest.media else [])}
             over = [name for name in most if costs[name] > left[name]]
