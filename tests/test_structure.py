@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up: a room may import itself and what stands before it.
 ORDER = ["base", "data", "models", "train", "top", "cli"]
-BASE = {"mm.errors", "mm.settings", "mm.page"}
+BASE = {"mm.errors", "mm.settings", "mm.files", "mm.page"}
 TOP = {"mm.config", "mm.hub", "mm.report", "mm.doctor", "mm.display"}
 
 

@@ -43,8 +43,9 @@ class DataConfig(Section):
     mixture: MixtureConfig = MixtureConfig()
     """How sources are weighed against each other; by default every epoch holds every pack once."""
     decoder: Decoder = "exact"
-    """Of pictures and frames: `exact` is Pillow, as in published preprocessing; `fast` is two to five times as fast and
-    differs from it by half a grey level in the mean, more at edges of pictures much larger than the model's."""
+    """Of pictures and frames in training; evaluation is always exact. `exact` is Pillow, as in published preprocessing;
+    `fast` is two to five times as fast and differs from it by half a grey level in the mean, more at edges of pictures
+    much larger than the model's."""
     skip_ids: Path | None = None
     """A file of sample ids, one a line, that a run leaves out; their places in the rows become padding."""
     too_long: Literal["error", "drop", "split"] = "error"

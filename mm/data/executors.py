@@ -16,8 +16,6 @@ from typing import Any, Literal
 from mm.errors import DataError, MMError
 
 ExecutorName = Literal["local", "ray"]
-PRELOAD = ("webdataset",)
-"""What jobs import when they come to it: loaded once for all processes, since it takes seconds (it brings torch)."""
 _job: Any = None
 
 
@@ -39,7 +37,7 @@ def _here(job: Any, method: str, items: list[int]) -> Iterator[int]:
 def _in_processes(job: Any, method: str, items: list[int], workers: int) -> Iterator[int]:
     # Tokenizers keep threads, and a forked process would inherit their locks but not them.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(job).__module__, *PRELOAD])
+    context.set_forkserver_preload([type(job).__module__])
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, context, _start, (job,))
     try:

@@ -185,10 +185,9 @@ def one_pass(
     rows: int,
     isolate_segments: bool = True,
     quarantine: bool = False,
-    decoder: Decoder = "exact",
 ) -> Iterator[PackedBatch]:
     """Every pack once, in the order on disk, `rows` at a time: for evaluation. The last batch may be smaller."""
     row_length = dataset.about["settings"]["context_length"]
     for start in range(0, len(dataset), rows):
         packs = [dataset.kept(n, layout.pad) for n in range(start, min(start + rows, len(dataset)))]
-        yield collate(packs, layout, row_length, isolate_segments, quarantine, decoder)
+        yield collate(packs, layout, row_length, isolate_segments, quarantine)

@@ -14,7 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Generic, Protocol, TypeVar
@@ -123,6 +123,9 @@ def join_segments(items: list[tuple[str, str, Segment]]) -> Pack:
     return Pack(np.concatenate([segment.ids for _, _, segment in items]), tuple(segments), tuple(media))
 
 
+SEGMENT = tuple(one.name for one in fields(PackedSegment))
+
+
 def members_of(pack: Pack) -> dict[str, bytes]:
     """The tar members of a pack: extension -> bytes."""
     members: dict[str, bytes] = {}
@@ -132,7 +135,7 @@ def members_of(pack: Pack) -> dict[str, bytes]:
         members[member] = one.data
         described = {k: getattr(one, k) for k in ("kind", "segment", "position", "length", "cost")}
         media.append({**described, "member": member, **({"plan": one.plan} if one.plan else {})})
-    layout = {"segments": [asdict(segment) for segment in pack.segments], "media": media}
+    layout = {"segments": [{k: getattr(segment, k) for k in SEGMENT} for segment in pack.segments], "media": media}
     ids = io.BytesIO()
     np.save(ids, pack.tokens, allow_pickle=False)
     members["json"] = json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode()

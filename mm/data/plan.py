@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from mm.data.pack import pack
 from mm.data.sample import keyed_rng
-from mm.data.scan import LEDGER, PackSettings, Scan, atomic
+from mm.data.scan import LEDGER, PackSettings, Scan
 from mm.errors import DataError
+from mm.files import atomic
 
 Progress = Callable[[str, int], None]
 """Called with what is being done and how many samples or packs are through."""

@@ -31,11 +31,12 @@ from mm.data.layout import Layout
 from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset
 from mm.data.plan import Plan, Progress, make_plan
 from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote, without_secrets
-from mm.data.scan import PackSettings, Scan, atomic, file_state, is_scanned, scan_shard
+from mm.data.scan import PackSettings, Scan, file_state, is_scanned, scan_shard
 from mm.data.shards import stem
 from mm.data.sources import Source
 from mm.data.write import PLAN_ROWS, Scanned, is_written, join_parts, write_shard
 from mm.errors import DataError
+from mm.files import atomic, fsync
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -108,7 +109,7 @@ class PackJob:
                 return False
             self._describe(Plan.read(plan))
         (self.work / "out").rename(self.out)
-        _fsync(self.out.parent)
+        fsync(self.out.parent)
         return True
 
     def _step(self, method: str, count: int, done: Callable[[int], bool], workers: Workers) -> bool:
@@ -174,7 +175,7 @@ class PackJob:
         }
         with atomic(out / "dataset.json", self.work / "parts") as file:
             file.write(f"{json.dumps(about, indent=2, ensure_ascii=False)}\n".encode())
-        _fsync(out)
+        fsync(out)
 
 
 def _silent(what: str, n: int) -> None:
@@ -307,11 +308,3 @@ def _is_gzip(path: Path) -> bool:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -31,6 +31,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec  # type: ignore[import-untyped]
 
 from mm.errors import DataError
+from mm.files import fsync
 
 T = TypeVar("T")
 
@@ -273,7 +274,7 @@ class RemoteCache:
                 path.parent.mkdir(exist_ok=True)
                 part.replace(path)
                 for folder in (path.parent, self.folder):
-                    _sync(folder)
+                    fsync(folder)
                 _use(path)
                 _flock(file, fcntl.LOCK_SH)
             return file
@@ -407,14 +408,6 @@ def _remove(entry: Path) -> bool:
     with contextlib.suppress(OSError):
         entry.parent.rmdir()
     return True
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ writing packs reads at random from local files only.
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from mm.data.shards import Extent
 from mm.data.sources import Source, sample_id
 from mm.data.tokens import COSTS, DoesNotFit, Segment, SegmentMedia, costs_of, join_units, read_units, split_units
 from mm.errors import DataError
+from mm.files import atomic
 
 BATCH, BATCH_TOKENS = 1024, 1 << 22  # what is kept of segments before it is written, whichever comes first
 COUNTED = ("tokens", "loss_tokens", "inserted_tokens", *COSTS)
@@ -296,24 +295,3 @@ class _Rows:
 def _lists(values: list[np.ndarray]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(values))
-
-
-@contextlib.contextmanager
-def atomic(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it has been written to the end and has reached the disk.
-
-    Until then it is in `folder`, or beside its place; what a killed process leaves of it stays there.
-    """
-    partial = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)  # a failed write does not know of which file
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

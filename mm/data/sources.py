@@ -112,6 +112,14 @@ class TextTemplates(FilesConfig):
         return template
 
 
+class _Given(Fields):
+    """Fields for a template: a list is spelt when a template names it."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
 class TemplatesSource(FilesSource):
     """Fills in the templates."""
 
@@ -125,14 +133,13 @@ class TemplatesSource(FilesSource):
         )
 
     def _texts(self, fields: Fields, where: str, limits: Limits) -> tuple[Text, ...]:
-        fields = {key: value for key, value in fields.items() if value is not None}
-        fields = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in fields.items()}
+        given = _Given((key, value) for key, value in fields.items() if value is not None)
         try:
-            prompt, text = self._prompt.format(**fields), self._learned.format(**fields)
+            prompt, text = self._prompt.format_map(given), self._learned.format_map(given)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{where}: the text or prompt template of its data source fails "
-                f"({type(error).__name__}: {shortened(error)}); there are the fields {shortened(sorted(fields))}"
+                f"({type(error).__name__}: {shortened(error)}); there are the fields {shortened(sorted(given))}"
             ) from None
         if self._learned and not text.strip():
             raise DataError(f"{where}: the text is empty once the template {self._learned!r} is filled in")

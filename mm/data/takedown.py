@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack, read_range
-from mm.data.scan import atomic
+from mm.files import atomic
 
 
 def take_down(

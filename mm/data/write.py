@@ -8,6 +8,7 @@ WORK/parts/000000.plan       its rows of plan.parquet
 import contextlib
 import io
 import json
+import tarfile
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +21,10 @@ import pyarrow.parquet as pq
 from mm.data.packed import INDEX, OPEN_FILES, Recent, checksum, join_segments, members_of, read_range
 from mm.data.plan import Plan
 from mm.data.sample import Media
-from mm.data.scan import COUNTED, Scan, atomic
+from mm.data.scan import COUNTED, Scan
 from mm.data.tokens import COSTS, Segment, SegmentMedia
 from mm.errors import DataError
+from mm.files import atomic
 
 PLAN_ROWS = pa.schema(
     [
@@ -49,19 +51,17 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
 
     Raises `DataError` where a shard has been changed since it was scanned.
     """
-    import webdataset as wds
-
     name = f"packs-{number:06d}.tar"
     rows = _rows(Plan.read(work / "plan.arrow").of_shard(number), scanned)
     entries: list[dict[str, Any]] = []
     with contextlib.closing(_Files(scanned)) as files, atomic(work / "out" / name, work / "parts") as file:
-        with wds.TarWriter(file, user="mm", group="mm", mode=0o644, mtime=0) as writer:
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for pack, found in groupby(rows, key=lambda row: row["pack"]):
                 segments = list(found)
                 made = join_segments([(row["id"], row["source"], _segment(row, files)) for row in segments])
-                start = writer.tarstream.offset
-                writer.write({"__key__": f"{pack:08d}", **members_of(made)})
-                place = {"pack": pack, "shard": name, "offset": start, "length": writer.tarstream.offset - start}
+                start = tar.offset
+                _add(tar, f"{pack:08d}", members_of(made))
+                place = {"pack": pack, "shard": name, "offset": start, "length": tar.offset - start}
                 totals = {column: sum(row[column] for row in segments) for column in ("tokens", "loss_tokens", *COSTS)}
                 one = {"visit": segments[0]["visit"], "source": segments[0]["source"], "segments": len(segments)}
                 entries.append({**place, **one, **totals})
@@ -74,6 +74,15 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
         medium["offset"] = None  # the copy goes when the set is whole
     _write_part(work / "parts" / f"{number:06d}.plan", pa.Table.from_pylist(rows, schema=PLAN_ROWS))
     _write_part(work / "parts" / f"{number:06d}.index", pa.Table.from_pylist(entries, schema=INDEX))
+
+
+def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    """One sample as webdataset's `TarWriter` writes it, which would bring torch into every process."""
+    for ext in sorted(members):
+        info = tarfile.TarInfo(f"{key}.{ext}")
+        info.size, info.mode, info.uname, info.gname = len(members[ext]), 0o644, "mm", "mm"
+        tar.addfile(info, io.BytesIO(members[ext]))
+    tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
 
 
 def is_written(work: Path, number: int) -> bool:

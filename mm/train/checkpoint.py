@@ -8,7 +8,6 @@ is no pickle: tensors are safetensors, the rest is JSON.
 """
 
 import json
-import os
 import platform
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata as Bytes
 
 from mm.errors import CheckpointError
+from mm.files import fsync
 
 FORMAT_VERSION = 2
 PREFIX = "step-"
@@ -119,11 +119,11 @@ def save(
         about = {"format_version": FORMAT_VERSION, "step": step, **state, "versions": versions()}
         (partial / "state.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         for file in (*partial.iterdir(), partial):
-            _fsync(file)
+            fsync(file)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _fsync(folder)
+        fsync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in complete(folder)[:-keep]:
@@ -193,11 +193,3 @@ def _dcp(function: Any, tensors: dict[str, Tensor], **storage: Any) -> None:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise cause from None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -335,7 +335,7 @@ class Trainer:
         data = self.config.data
         rows = self.config.evaluation.micro_batch
         quarantine = data.max_bad_fraction > 0
-        return one_pass(self.splits[split], self.layout, rows, data.isolate_segments, quarantine, data.decoder)
+        return one_pass(self.splits[split], self.layout, rows, data.isolate_segments, quarantine)
 
     def _check_bad(self, batches: list[PackedBatch]) -> None:
         """Count what was quarantined while loading, and end the run when it is too much."""

@@ -16,11 +16,12 @@ from pydantic import TypeAdapter
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.sample import Media, Text
-from mm.data.scan import PackSettings, Scan, atomic, is_scanned, scan_shard
+from mm.data.scan import PackSettings, Scan, is_scanned, scan_shard
 from mm.data.shards import stem
 from mm.data.sources import Source, SourceConfig
 from mm.data.tokens import make_segment
 from mm.errors import DataError
+from mm.files import atomic
 
 SETTINGS = PackSettings(64, {}, 1, 0, "error", 0.0, Limits())
 

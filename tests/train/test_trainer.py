@@ -158,14 +158,14 @@ import os, signal, sys
 import mm.train.checkpoint as checkpoint
 from mm.cli import main
 calls, kill_at = 0, int(sys.argv[1])
-real = checkpoint._fsync
+real = checkpoint.fsync
 def fsync(path):
     global calls
     calls += 1
     if calls == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path)
-checkpoint._fsync = fsync
+checkpoint.fsync = fsync
 import mm.train.trainer as trainer
 step = trainer.Trainer._step
 def counted(self, batches):

@@ -1,0 +1,38 @@
+"""Files that are there whole or not at all, whatever kills the process or the machine."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when it has been written to the end and has reached the disk.
+
+    Until then it is in `folder`, or beside its place; what a killed process leaves of it stays there.
+    """
+    partial = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a failed write does not know of which file
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
