@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from mm.data import scan as scanning
+from mm import files
 from mm.data import shards, tables
 from mm.data.layout import AudioLayout, ImageLayout, Layout, Template, VideoLayout
 from mm.data.limits import Limits
@@ -416,7 +416,7 @@ def check(found: Scan) -> None:
 
 def main(folder: Path, count: int, seed: int) -> None:
     shards.ALWAYS_ALLOWED = tables.ALWAYS_ALLOWED = 8 << 20
-    scanning.os.fsync = lambda handle: None  # type: ignore[assignment]
+    files.os.fsync = lambda handle: None  # type: ignore[assignment]
     extra = prepared(folder / "made")
     made_for, rng = layout(), np.random.default_rng(seed)
     whole = originals(rng)
