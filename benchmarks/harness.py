@@ -18,10 +18,13 @@ Row = dict[str, Any]
 """case, unit, better ("higher" | "lower"), ours, peers {"NAME VERSION": figure, or why there is none}, limit."""
 
 
-def arguments(what: str) -> argparse.Namespace:
+def arguments(what: str, **more: str) -> argparse.Namespace:
+    """`more`: further options that take a value, by name, with their help."""
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--quick", action="store_true", help="small sizes, one repetition: does it run at all?")
+    for name, about in more.items():
+        parser.add_argument(f"--{name}", help=about)
     return parser.parse_args()
 
 

@@ -137,7 +137,7 @@ def save_states(folder: Path, kind: str, positions: dict[str, int]) -> list[int]
     for place, position in sorted(positions.items(), key=lambda one: one[1]):
         while mixture.position < position:
             mixture.next()
-        state = {"step": position // ROWS, "mixture": mixture.state_dict()}
+        state = {"step": position // ROWS, "mixture": mixture.state_dict(), "passed_over": []}
         (folder / f"{kind}-{place}.json").write_text(json.dumps(state))
         packs += [draw.pack for draw in (mixture.next() for _ in range(ROWS)) if draw]
     return packs

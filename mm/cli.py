@@ -1,13 +1,15 @@
 """The command line: one function a command, no logic of its own.
 
 Results go to stdout, progress and errors to stderr. With `--json` the last line of stdout is one JSON object. Status: 0
-done; 2 something that the user can put right, in one line; 130 stopped by Ctrl-C, all saved; 1 a bug.
+done; 2 something that the user can put right, in one line; 130 stopped by Ctrl-C and 75 by SIGTERM, all saved: a
+scheduler can queue the same command again; 1 a bug.
 """
 
 import argparse
 import errno
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,14 +18,18 @@ from mm import __version__
 from mm.errors import ConfigError, MMError
 
 Result = dict[str, Any]
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: os.EX_TEMPFAIL}
+"""Status by the signal that a run was stopped and saved by."""
 
 
 def train(args: argparse.Namespace) -> Result:
     from mm.config import load_config
     from mm.display import Display
-    from mm.train.trainer import Trainer
+    from mm.train.trainer import Trainer, Unwatched
 
     config = load_config(args.config, args.overrides)
+    if int(os.environ.get("RANK", "0")):
+        return Trainer(config, Unwatched()).run(resume=args.resume)
     with Display() as display:
         result = Trainer(config, display).run(resume=args.resume)
     say(args, f"run: {config.out}")
@@ -31,6 +37,25 @@ def train(args: argparse.Namespace) -> Result:
         say(args, f"  {name}: {value:.4f}" if isinstance(value, float) else f"  {name}: {value}")
     say(args, f"next: mm report {config.out}")
     return {"run": str(config.out), **result}
+
+
+def estimate(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+
+    from mm.config import load_config
+    from mm.train.estimate import estimate as estimated
+    from mm.train.estimate import show
+
+    config = load_config(args.config, args.overrides)
+    names = [stage.name for stage in config.stages] or [""]
+    stages = [
+        {"name": name, **estimated(run, args.ranks, args.utilisation)}
+        for name, run in zip(names, config.stage_runs(), strict=True)
+    ]
+    if not args.json:
+        for stage in stages:
+            Console().print(*([f"stage {stage['name']}"] if stage["name"] else []), show(stage))
+    return {"stages": stages}
 
 
 def pack(args: argparse.Namespace) -> Result:
@@ -92,6 +117,23 @@ def slice_of(text: str) -> tuple[int, int]:
     return int(which), int(of)
 
 
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """`40%` or `0.4`."""
+    from mm.settings import parse_number
+
+    number = parse_number(text)
+    if isinstance(number, str) or not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0, such as 40% or 0.4")
+    return float(number)
+
+
 def inspect(args: argparse.Namespace) -> Result:
     from mm.data.inspect import inspect_page, summary
     from mm.data.packed import PackedDataset
@@ -144,14 +186,33 @@ def generate(args: argparse.Namespace) -> Result:
     return {"captions": dict(zip(args.image, texts, strict=True))}
 
 
+def export(args: argparse.Namespace) -> Result:
+    from mm import hub
+
+    note = hub.export(args.run, Path(args.out))
+    say(args, f"wrote {args.out}")
+    if note:
+        say(args, f"note: {note}")
+    return {"folder": args.out, "note": note}
+
+
 def report(args: argparse.Namespace) -> Result:
+    from mm.compare import compare_page
     from mm.report import report_page
 
-    run = Path(args.run)
-    page = Path(args.out) if args.out else run / "report.html"
-    page.write_text(report_page(run))
+    runs = [Path(run) for run in args.runs]
+    skipped: dict[str, str] = {}
+    if len(runs) == 1:
+        page = Path(args.out) if args.out else runs[0] / "report.html"
+        page.write_text(report_page(runs[0]))
+    else:
+        page = Path(args.out or "compare.html")
+        text, skipped = compare_page(runs)
+        page.write_text(text)
+    for why in skipped.values():
+        print(f"mm: left out: {why}", file=sys.stderr)
     say(args, f"wrote {page}: open it in a browser")
-    return {"page": str(page)}
+    return {"page": str(page), "skipped": skipped}
 
 
 def config(args: argparse.Namespace) -> Result:
@@ -223,6 +284,55 @@ def data_build(args: argparse.Namespace) -> Result:
     return {"folder": args.out, **about}
 
 
+def checkpoint_ls(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from mm.train.checkpoint_tools import listing
+
+    rows = listing(Path(args.run))
+    if not args.json:
+        table = Table("step", "size", "age", "", "ranks", "engine", box=None, pad_edge=False)
+        for row in rows:
+            marks = ", ".join(row["marks"]) if row["whole"] else "not whole"
+            about = (str(row["ranks"] or "–"), row["engine"] or "–")
+            table.add_row(f"{row['step']:,}", decimal(row["bytes"]), duration(row["age"]), marks, *about)
+        Console().print(table)
+    return {"run": args.run, "checkpoints": rows}
+
+
+def checkpoint_verify(args: argparse.Namespace) -> Result:
+    from mm.display import Display
+    from mm.train.checkpoint_tools import verify
+
+    with Display() as display:
+        found = verify(Path(args.checkpoint), display.packing)
+    for name, problems in found.items():
+        say(args, f"{name}: " + ("; ".join(problems) if problems else "whole, all checksums right, all numbers finite"))
+    args.status = 2 if any(found.values()) else 0
+    return {"problems": found}
+
+
+def checkpoint_merge(args: argparse.Namespace) -> Result:
+    from mm.display import Display
+    from mm.train.checkpoint_tools import merge
+
+    with Display() as display:
+        files = merge(Path(args.checkpoint), Path(args.out), args.ema, display.packing)
+    for file in files:
+        say(args, f"wrote {file}")
+    return {"files": [str(file) for file in files]}
+
+
+def duration(seconds: float) -> str:
+    """Of one unit: `90 s`, `12 min`, `7 h`, `4 days`."""
+    for unit, size, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
 def say(args: argparse.Namespace, text: str) -> None:
     """For people: to stdout, or out of the way of `--json`."""
     print(text, file=sys.stderr if args.json else sys.stdout)
@@ -255,6 +365,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(train, "train a model from a config; raw shards are packed first", config=True)
     sub.add_argument("--resume", action="store_true", help="go on with the run in its folder, if there is one")
+    sub = command(estimate, "say what a run will take: FLOPs, memory, hours, and the GPUs it fits on", config=True)
+    sub.add_argument("--ranks", type=positive, default=1, help="processes, a GPU each (1)")
+    sub.add_argument("--utilisation", type=share, default=0.4, help="share of a GPU's peak that is reached (40%%)")
     sub = command(pack, "pack a config's data set offline", config=True)
     sub.add_argument("--out", help="folder for the packed splits (default: the cache that mm train uses)")
     sub.add_argument("--workers", type=int, help="processes (as many as there are cores)")
@@ -275,9 +388,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", default="", help="text after the picture, such as 'en: '")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (64)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    sub = command(report, "make one HTML page of a run")
-    sub.add_argument("run", help="a run folder")
-    sub.add_argument("--out", help="the page (RUN/report.html)")
+    sub = command(export, "write a trained text_lm as a transformers folder")
+    sub.add_argument("run", help="a run folder or a checkpoint")
+    sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
+    sub = command(report, "make one HTML page of a run, or one that compares several")
+    sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")
+    sub.add_argument("--out", help="the page (RUN/report.html; of several runs compare.html)")
     sub = command(config, "print the resolved, checked config without touching data")
     sub.add_argument("config", nargs="?", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
@@ -293,6 +409,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--languages", type=lambda text: text.split(","), metavar="en,de", help="of gimp-help (en)")
     sub.add_argument("--count", type=int, help="clips of music (200)")
     sub.add_argument("--seed", type=int, help="of what is drawn for music (0)")
+    help = "list, verify and merge the checkpoints of a run"
+    checkpoint = commands.add_parser("checkpoint", help=help, description=help)
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    sub = command(checkpoint_ls, "list a run's checkpoints", under=actions, name="ls")
+    sub.add_argument("run", help="a run folder")
+    sub = command(checkpoint_verify, "read every tensor and compare every checksum", under=actions, name="verify")
+    sub.add_argument("checkpoint", help="a checkpoint, or a run: then all of its checkpoints")
+    sub = command(checkpoint_merge, "write the model as plain safetensors", under=actions, name="merge")
+    sub.add_argument("checkpoint", help="a checkpoint, or a run: then its newest")
+    sub.add_argument("--out", required=True, help="NAME.safetensors, or a folder for files of at most 5 GB")
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     command(doctor, "say what is installed and which accelerator and attention would be used")
     return parser
 
@@ -314,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
     except MMError as error:
         if args.debug:
             raise
-        return fail(args, str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+        return fail(args, str(error), STOPPED.get(getattr(error, "signal", None), 2))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

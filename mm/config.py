@@ -25,6 +25,29 @@ from mm.train.config import EvaluationConfig, TrainConfig
 Keys = tuple[str | int, ...]
 
 
+class StageConfig(Section):
+    """A part of a run: what differs from the settings above. Weights go on from the stage before, the optimizer and
+    the schedule start anew."""
+
+    name: str
+    """Shown in logs and reports."""
+    data: dict[str, Any] = {}
+    """Settings of `data`."""
+    model: dict[str, Any] = {}
+    """Settings of `model`, such as another resolution or number of tokens."""
+    train: dict[str, Any] = {}
+    """Settings of `train`, such as `max_steps` and `params`."""
+    evaluation: dict[str, Any] = {}
+    """Settings of `evaluation`."""
+    convert: str | None = None
+    """`package.module:function`, called with the tensors of the stage before by name and this stage's model; returns the
+    tensors to load into it: to grow, upcycle or re-tokenise. By default tensors are taken over by name, and position
+    embeddings of vision towers resampled."""
+
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump(include={"data", "model", "train", "evaluation"})
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -36,10 +59,19 @@ class RunConfig(Section):
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    stages: list[StageConfig] = []
+    """Parts of a run, one after the other, each with settings of its own over those above."""
 
     def resolved(self) -> dict[str, Any]:
         """Plain values that give this config again."""
         return self.model_dump(mode="json")
+
+    def stage_runs(self) -> list["RunConfig"]:
+        """The config of each stage as a whole; of a run without stages, its own."""
+        if not self.stages:
+            return [self]
+        base = {key: value for key, value in self.resolved().items() if key != "stages"}
+        return [RunConfig.model_validate(_merge(base, stage.settings())) for stage in self.stages]
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -49,15 +81,31 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _override(tree, origins, override)
     tree.setdefault("out", str(Path("runs") / path.stem))
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(one, path, origins) for one in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    problems = contradictions(config)
+    config = _validate(tree, path, origins)
+    problems = [] if config.stages else contradictions(config)
+    for number in range(len(config.stages)):
+        settings = tree["stages"][number]
+        whole = _merge(
+            {key: value for key, value in tree.items() if key != "stages"}, StageConfig(**settings).settings()
+        )
+        at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
+        problems += contradictions(_validate(whole, path, at))
+        problems += [
+            (("stages", number, "train", key), "is the whole run's: set it above the stages")
+            for key in ("engine", "device", "hang_timeout", "profile", "trackers", "save_every", "keep", "keep_every")
+            if key in settings.get("train", {})
+        ]
     if problems:
         raise ConfigError("\n".join(f"{_where(keys, path, origins)}: {text}" for keys, text in problems))
     return config
+
+
+def _validate(tree: dict[str, Any], path: Path, origins: dict[Keys, str]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(one, path, origins) for one in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:

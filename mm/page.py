@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Charts are drawn in these colours, which stand for CSS variables of the page (pages/base.html.j2).
-INK, SOFT, LINE, ACCENT, SECOND = "#000001", "#000002", "#000003", "#000004", "#000005"
-_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", ACCENT: "accent", SECOND: "second"}
+INK, SOFT, LINE, ACCENT, SECOND, BAD = "#000001", "#000002", "#000003", "#000004", "#000005", "#000006"
+_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", ACCENT: "accent", SECOND: "second", BAD: "bad"}
+# Several lines in one chart: as many colours, of different lightness, so that print keeps them apart too.
+SERIES = tuple(f"#0000{number:02x}" for number in range(16, 24))
+_VARIABLES |= {colour: f"series-{number}" for number, colour in enumerate(SERIES)}
 
 MIME = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 THUMBNAIL_BYTES = 16_000
@@ -79,7 +82,7 @@ def short(value: float) -> str:
     """1234567 -> 1.23 M, with three figures; below ten thousand in full"""
     rounded = float(f"{value:.3g}")
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 1e4 and abs(rounded) >= limit:
+        if abs(value) >= 9999.5 and abs(rounded) >= limit:
             return f"{rounded / limit:#.3g}".rstrip(".").replace("-", MINUS) + THIN + unit
     return count(value)
 

@@ -8,24 +8,24 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from mm.curves import Line, Points, Rows, end_labels, keys_under, line_chart, mean_before, series, smooth, thin, three
 from mm.errors import DataError
 from mm.page import (
     ACCENT,
+    BAD,
+    LINE,
     SECOND,
     SOFT,
-    chart,
     duration,
     ledger_rows,
     percent,
     render,
     short,
-    svg,
     thumbnail,
 )
 
@@ -33,51 +33,90 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-Metrics = list[dict[str, Any]]
-
 OPTIONAL = {
     "eval.json": "held-out results; written at the end of a run",
     "data.json": "what was packed",
     "run.json": "versions, model parts, device",
     "samples.json": "generated captions; written at the end of a run",
 }
+SMOOTHING = 1 / 40
+"""Width that curves are smoothed over, as a share of the x axis."""
 
 
-def report_page(run: Path) -> str:
-    """The page of the run folder `run`. Raises `DataError` when it is none, or a file of it is damaged."""
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What a run folder holds, read; absent files are empty."""
+
+    path: Path
+    config_text: str
+    config: Any
+    rows: Rows
+    guard: Rows
+    found: dict[str, Any]
+    """The files of `OPTIONAL` that are there, by name."""
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.rows[-1] if self.rows else {}
+
+
+def read_run(path: Path) -> RunFiles:
+    """Raises `DataError` when `path` is no run folder, or a file of it is damaged."""
     for name in ("config.yaml", "metrics.jsonl"):
-        if not (run / name).is_file():
-            raise DataError(f"{run}: not a run folder ({name} is missing); give one that `mm train` wrote")
-    config_text = (run / "config.yaml").read_text()
+        if not (path / name).is_file():
+            raise DataError(f"{path}: not a run folder ({name} is missing); give one that `mm train` wrote")
+    config_text = (path / "config.yaml").read_text()
     try:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
-        raise DataError(f"{run / 'config.yaml'}: damaged ({str(error).splitlines()[0]})") from None
-    metrics = _metrics(run / "metrics.jsonl")
-    found = {name: _json(run / name) for name in OPTIONAL if (run / name).is_file()}
-    results: dict[str, Any] = found.get("eval.json", {})
-    splits: dict[str, Any] = found.get("data.json", {})
-    about: dict[str, Any] = found.get("run.json", {})
+        raise DataError(f"{path / 'config.yaml'}: damaged ({str(error).splitlines()[0]})") from None
+    guard = path / "guard.jsonl"
+    return RunFiles(
+        path,
+        config_text,
+        config if isinstance(config, dict) else {},
+        _rows(path / "metrics.jsonl"),
+        _rows(guard) if guard.is_file() else [],
+        {name: _json(path / name) for name in OPTIONAL if (path / name).is_file()},
+    )
+
+
+def report_page(path: Path) -> str:
+    """The page of the run folder. Raises `DataError` when it is none, or a file of it is damaged."""
+    run = read_run(path)
+    results: dict[str, Any] = run.found.get("eval.json", {})
+    about: dict[str, Any] = run.found.get("run.json", {})
+    splits = _splits(run.found.get("data.json", {}))
+    stages = _stages(run)
     return render(
         "report.html.j2",
-        title=f"{run.resolve().name} – run",
-        name=run.resolve().name,
-        facts=_facts(config, metrics, about),
-        missing={name: why for name, why in OPTIONAL.items() if name not in found},
+        title=f"{run.name} – run",
+        name=run.name,
+        facts=_facts(run.config, run.rows, about),
+        missing={name: why for name, why in OPTIONAL.items() if name not in run.found},
         planned=about.get("steps"),
-        last=metrics[-1] if metrics else {},
-        headlines=_headlines(results, metrics),
+        last=run.last,
+        headlines=_headlines(results, run.rows),
         bars=_bars(results),
         interval=_interval(results),
         results=results,
-        curves=_curves(metrics, results.get("unigram_loss")),
+        loss=_loss_chart(run, stages, results.get("unigram_loss")),
+        curves=_curves(run.rows),
+        stages=stages,
+        guard=[_event(row) for row in run.guard[-MOST_EVENTS:]],
+        skipped=sum(bool(row.get("action")) for row in run.guard),
+        checkpoints=_checkpoints(path / "checkpoints"),
         splits=splits,
         ledger=[{**row, "split": split} for split, one in splits.items() for row in ledger_rows(one)],
-        samples=[_sample(run, one) for one in found.get("samples.json", [])],
+        samples=[_sample(path, one) for one in run.found.get("samples.json", [])],
         parts=_parts(about),
         about={key: value for key, value in about.items() if key not in ("versions", "parameters")},
         versions=about.get("versions", {}),
-        config=config_text,
+        config=run.config_text,
     )
 
 
@@ -88,7 +127,7 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path}: damaged, not JSON ({error})") from None
 
 
-def _metrics(path: Path) -> Metrics:
+def _rows(path: Path) -> Rows:
     """The whole lines. The last one may be cut short, where a run was killed or is still writing."""
     rows = []
     lines = path.read_text().splitlines()
@@ -101,10 +140,82 @@ def _metrics(path: Path) -> Metrics:
     return rows
 
 
-def _facts(config: Any, metrics: Metrics, about: dict[str, Any]) -> list[str]:
+def _splits(data: dict[str, Any]) -> dict[str, Any]:
+    """What was packed, by split; of a run in stages, by stage and split."""
+    if all("packs" in one for one in data.values()):
+        return data
+    return {f"{stage}, {split}": one for stage, splits in data.items() for split, one in splits.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    name: str
+    first: int
+    last: int
+    """Of its logged steps."""
+    tokens: float
+    loss: float | None
+    """Mean of its last part."""
+
+
+def _stages(run: RunFiles) -> list[_Stage]:
+    """The stages that have begun; none of a run without."""
+    names = [stage.get("name") for stage in run.config.get("stages") or []]
+    found = []
+    before = 0.0
+    for number in sorted({int(row["stage"]) for row in run.rows if "stage" in row}):
+        rows = [row for row in run.rows if row.get("stage") == number]
+        loss = series(rows, "loss")
+        tokens = series(rows, "tokens")[-1:] or [(0.0, before)]
+        found.append(
+            _Stage(
+                str(names[number]) if number < len(names) else f"stage {number}",
+                rows[0]["step"],
+                rows[-1]["step"],
+                tokens[0][1] - before,
+                _told(loss, "end") if loss else None,
+            )
+        )
+        before = tokens[0][1]
+    return found
+
+
+MOST_EVENTS = 50
+MOST_IDS = 6
+
+
+def _event(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of guard.jsonl, for the table. `ids` are lists by row of the batch, or one list."""
+    ids = [id for part in row.get("ids", []) for id in (part if isinstance(part, list) else [part])]
+    more = f" and {len(ids) - MOST_IDS} more" if len(ids) > MOST_IDS else ""
+    return {
+        "step": row["step"],
+        "action": row.get("action", ""),
+        "reason": row.get("reason", ""),
+        "ids": ", ".join(map(str, ids[:MOST_IDS])) + more,
+    }
+
+
+def _checkpoints(folder: Path) -> list[dict[str, Any]]:
+    """The whole ones, newest first."""
+    best = (folder / "best").read_text().strip() if (folder / "best").is_file() else ""
+    whole = sorted((path for path in folder.glob("step-*") if (path / "state.json").is_file()), reverse=True)
+    return [
+        {
+            "name": path.name,
+            "step": int(path.name.removeprefix("step-")),
+            "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+            "note": ", ".join(word for word, holds in (("newest", not n), ("best", path.name == best)) if holds),
+        }
+        for n, path in enumerate(whole)
+        if path.name.removeprefix("step-").isdigit()
+    ]
+
+
+def _facts(config: dict[str, Any], rows: Rows, about: dict[str, Any]) -> list[str]:
     """The run in a few words, for under its name."""
-    last = metrics[-1] if metrics else {}
-    model = config.get("model") if isinstance(config, dict) else None
+    last = rows[-1] if rows else {}
+    model = config.get("model")
     facts = [model["kind"] if isinstance(model, dict) and "kind" in model else None]
     facts += [f"{last['step']:,} steps" if "step" in last else "no step logged yet"]
     facts += [f"{short(last['tokens'])} tokens" if "tokens" in last else None]
@@ -114,30 +225,35 @@ def _facts(config: Any, metrics: Metrics, about: dict[str, Any]) -> list[str]:
     return [str(fact) for fact in facts if fact]
 
 
-def _headlines(results: dict[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+def _headlines(results: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     """(number, what it is in plain words)"""
     found = []
     if "match_accuracy" in results:
         chance = results["match_chance"]
         words = f"picks the true caption of a test picture among {round(1 / chance)} (chance {percent(chance)})"
         found.append((percent(results["match_accuracy"]), words))
+    if "test_loss" in results:
+        found.append((f"{results['perplexity']:.1f}", "perplexity on held-out text"))
     if "caption_loss" in results:
         found.append((f"{results['caption_loss']:.3f}", "nats per caption token on held-out pictures"))
     if {"caption_loss", "shuffled_loss"} <= results.keys():
         gain = results["shuffled_loss"] - results["caption_loss"]
         words = "nats per token when pictures are swapped: what the model reads from them"
         found.append((f"{gain:+.3f}".replace("-", "−"), words))
-    validation = _series(metrics, "validation_loss")
+    validation = series(rows, "validation_loss")
     if validation and "caption_loss" not in results:
-        found.append((f"{validation[-1][1]:.3f}", f"validation loss at step {validation[-1][0]:,}"))
-    last = metrics[-1] if metrics else {}
+        found.append((f"{validation[-1][1]:.3f}", f"validation loss at step {validation[-1][0]:,.0f}"))
+    last = rows[-1] if rows else {}
     if last.get("tokens"):
         learned = f", {short(last['loss_tokens'])} of them learned" if "loss_tokens" in last else ""
         found.append((short(last["tokens"]), f"tokens read{learned}"))
-    speeds = sorted(value for _, value in _series(metrics, "tokens_per_second"))
+    speeds = sorted(value for _, value in series(rows, "tokens_per_second"))
     if speeds:
         found.append((short(speeds[len(speeds) // 2]), "tokens a second, median"))
-    fills = [value for _, value in _series(metrics, "pack_fill")]
+    uses = sorted(value for _, value in series(rows, "mfu"))
+    if uses:
+        found.append((percent(uses[len(uses) // 2]), "of the accelerators' peak used (MFU), median"))
+    fills = [value for _, value in series(rows, "pack_fill")]
     if fills:
         found.append((percent(sum(fills) / len(fills)), "of row positions hold tokens, not padding"))
     return found
@@ -167,29 +283,13 @@ def _bars(results: dict[str, Any]) -> list[_Bar]:
     """Caption loss beside its two baselines, for bars that start at zero."""
     names = {
         "caption_loss": ("This model", "given the right picture"),
+        "test_loss": ("This model", "on held-out text"),
         "shuffled_loss": ("Pictures swapped", "the same model, given another test picture"),
-        "unigram_loss": ("Unigram", "token frequencies of the training captions, no context"),
+        "unigram_loss": ("Unigram", "token frequencies of the training set, no context"),
     }
     values = {key: float(results[key]) for key in names if results.get(key) is not None}
     longest = max(values.values(), default=1.0)
     return [_Bar(*names[key], value, value / longest) for key, value in values.items()]
-
-
-def _series(metrics: Metrics, name: str) -> list[tuple[int, float]]:
-    """(step, value) where the value was logged and finite."""
-    return [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
-
-
-def _smooth(values: list[float], parts: int) -> list[float]:
-    """A moving average over 1/`parts` of the values, centred so that a falling curve is not shifted."""
-    reach = len(values) // (2 * parts)
-    sums = [0.0, *accumulate(values)]
-    found = []
-    for index in range(len(values)):
-        here = min(reach, index)
-        first, stop = index - here, min(index + here + 1, len(values))
-        found.append((sums[stop] - sums[first]) / (stop - first))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,85 +297,127 @@ class _Curve:
     name: str
     note: str
     chart: "Markup"
+    lines: list[Line]
+    """For a legend; empty where there is one line only."""
+    ends: list[str]
+    """What is written behind each line's name."""
 
 
-def _curves(metrics: Metrics, unigram: float | None) -> dict[str, Any]:
-    """`loss`: the large chart (None without a logged loss); `others`: the small ones."""
-    small: dict[str, tuple[str, Callable[[float], str], bool]] = {
-        "lr": ("Learning rate", lambda x: f"{x:.3g}", False),
-        "grad_norm": ("Gradient norm, before clipping", lambda x: f"{x:.3g}", True),
-        "tokens_per_second": ("Tokens a second", short, True),
-        "pack_fill": ("Pack fill", percent, True),
-        "data_wait": ("Time spent waiting for data", lambda x: percent(x, 2), True),
-    }
-    others = []
-    for key, (name, write, smooth) in small.items():
-        series = _series(metrics, key)
-        if series:
-            values = sorted(value for _, value in series)
-            note = f"median {write(values[len(values) // 2])}" if smooth else f"peak {write(values[-1])}"
-            others.append(_Curve(name, note, _small_chart(name, series, write, smooth)))
-    loss = _series(metrics, "loss")
-    validation = _series(metrics, "validation_loss")
-    return {"loss": _loss_chart(loss, validation, unigram) if loss else None, "others": others}
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """Something that is logged: a chart of a report."""
+
+    key: str
+    name: str
+    write: Callable[[float], str]
+    told: Literal["end", "median", "peak"] = "median"
+    """The number that stands for a curve. One that is told by its peak is not smoothed."""
+    others: tuple[str, ...] = ()
+    """More keys of the same chart."""
+    prefix: str = ""
+    """Keys `prefix/…` belong to the same chart."""
 
 
-def _loss_chart(loss: list[tuple[int, float]], validation: list[tuple[int, float]], unigram: float | None) -> "Markup":
-    figure, axes = chart(1110, 350)
-    steps, values = [step for step, _ in loss], [value for _, value in loss]
-    axes.plot(steps, values, color=ACCENT, alpha=0.28, linewidth=1)
-    smooth = _smooth(values, 40)
-    axes.plot(steps, smooth, color=ACCENT, linewidth=2)
-    labels = [(smooth[-1], f"training {smooth[-1]:.2f}", ACCENT)]
+QUANTITIES = (
+    Quantity("", "Loss by objective", three, "end", prefix="loss"),
+    Quantity("", "Loss by source", three, "end", prefix="loss_from"),
+    Quantity("lr", "Learning rate", three, "peak", prefix="lr"),
+    Quantity("grad_norm", "Gradient norm, before clipping", three, prefix="grad_norm"),
+    Quantity("tokens_per_second", "Tokens a second", short, others=("loss_tokens_per_second",)),
+    Quantity("mfu", "Share of the accelerators' peak (MFU)", percent),
+    Quantity("memory_gb", "Peak memory, GB", three, "peak", others=("host_memory_gb",)),
+    Quantity("pack_fill", "Pack fill", percent),
+    Quantity("data_wait", "Time spent waiting for data", lambda x: percent(x, 2)),
+)
+NAMES = {
+    "grad_norm": "all", "lr": "base", "tokens_per_second": "all", "loss_tokens_per_second": "learned",
+    "memory_gb": "accelerator", "host_memory_gb": "host",
+}  # fmt: skip
+"""What a key is called in a legend; others by what stands behind the slash."""
+
+
+def lines_of(rows: Rows, quantity: Quantity, x: str = "step") -> list[Line]:
+    """The curves of its chart: those that were logged."""
+    keys = [quantity.key, *quantity.others, *(keys_under(rows, quantity.prefix) if quantity.prefix else [])]
+    logged: list[tuple[str, Points]] = []
+    for key in keys:
+        points = series(rows, key, x)
+        if points and all(points != other for _, other in logged):  # `lr` is that of one of the groups
+            logged.append((key, points))
+    return [Line(NAMES.get(key, key.partition("/")[2]), points, n) for n, (key, points) in enumerate(logged)]
+
+
+def _curves(rows: Rows) -> list[_Curve]:
+    """The small charts."""
+    curves = []
+    for quantity in QUANTITIES:
+        lines = lines_of(rows, quantity)
+        if not lines:
+            continue
+        width = SMOOTHING * _span(lines[0].points) if quantity.told != "peak" else 0.0
+        ends = [quantity.write(_told(line.points, quantity.told)) for line in lines]
+        word = "at the end" if quantity.told == "end" else quantity.told
+        chart = line_chart(f"{quantity.name} by step", lines, quantity.write, width=width)
+        alone = len(lines) == 1
+        curves.append(
+            _Curve(quantity.name, f"{word} {ends[0]}" if alone else word, chart, [] if alone else lines, ends)
+        )
+    return curves
+
+
+def _told(points: Points, how: str) -> float:
+    if how == "end":
+        return mean_before(points, points[-1][0], SMOOTHING * _span(points) + 1)
+    values = sorted(y for _, y in points)
+    return values[-1] if how == "peak" else values[len(values) // 2]
+
+
+def _span(points: Points) -> float:
+    return points[-1][0] - points[0][0]
+
+
+def _loss_chart(run: RunFiles, stages: list[_Stage], unigram: float | None) -> "Markup | None":
+    """The large chart; None without a logged loss."""
+    loss, validation = series(run.rows, "loss"), series(run.rows, "validation_loss")
+    if not loss:
+        return None
+    training = smooth(loss, SMOOTHING * _span(loss))
+    labels = [(training[-1][1], f"training {training[-1][1]:.2f}", ACCENT)]
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color=SECOND, linewidth=1.4, markersize=4.5, mew=0)
         labels.append((validation[-1][1], f"validation {validation[-1][1]:.2f}", SECOND))
     if unigram is not None:
-        axes.axhline(unigram, color=SOFT, linewidth=1.2, linestyle=(0, (5, 4)))
         labels.append((unigram, f"unigram {unigram:.2f}", SOFT))
-    shown = [*values, *(value for value, _, _ in labels)]
+    shown = [*(y for _, y in loss), *(y for _, y in validation), *(value for value, _, _ in labels)]
     room = 0.05 * (max(shown) - min(shown) or 1.0)
-    axes.set_ylim(min(shown) - room, max(shown) + room)
-    for height, (_, text, colour) in zip(_apart([y for y, _, _ in labels], 1.25 * room), labels, strict=True):
-        place = axes.get_yaxis_transform()
-        axes.text(1.008, height, text, color=colour, fontsize=12.5, va="center", transform=place)
-    axes.set_xlabel("step", color=SOFT, fontsize=11)
-    axes.set_ylabel("nats per learned token", color=SOFT, fontsize=11)
-    return svg(figure, f"Loss by step: {', '.join(text for _, text, _ in labels)}")
+    low, high = min(shown) - room, max(shown) + room * (2 if stages else 1)
 
+    def draw(axes: "Axes") -> None:
+        if validation:
+            marker = "o" if len(validation) < 60 else ""
+            steps, values = zip(*thin(validation, 400), strict=True)
+            axes.plot(steps, values, color=SECOND, marker=marker, linewidth=1.4, markersize=4.5)
+        if unigram is not None:
+            axes.axhline(unigram, color=SOFT, linewidth=1.2, linestyle=(0, (5, 4)))
+        for row in run.guard:
+            axes.plot(row["step"], low, color=BAD, marker="x", markersize=8, mew=1.8, clip_on=False, zorder=5)
+        for number, stage in enumerate(stages):
+            end = stages[number + 1].first if number + 1 < len(stages) else loss[-1][0]
+            axes.axvline(stage.first, color=LINE, linewidth=1.2)
+            # A name that has no room is in the table of stages alone.
+            if (end - stage.first) / (_span(loss) or 1) > 0.009 * len(stage.name):
+                axes.text(stage.first, high, f" {stage.name}", color=SOFT, fontsize=11, va="top")
+        end_labels(axes, labels, 1.25 * room)
 
-def _apart(heights: list[float], gap: float) -> list[float]:
-    """The heights, moved up as little as it takes to keep `gap` between any two."""
-    placed = [0.0] * len(heights)
-    floor = -math.inf
-    for index in sorted(range(len(heights)), key=heights.__getitem__):
-        placed[index] = max(heights[index], floor)
-        floor = placed[index] + gap
-    return placed
-
-
-def _small_chart(name: str, series: list[tuple[int, float]], write: Callable[[float], str], smooth: bool) -> "Markup":
-    from matplotlib.ticker import FuncFormatter
-
-    figure, axes = chart(350, 165)
-    steps, values = [step for step, _ in series], [value for _, value in series]
-    if smooth:
-        axes.plot(steps, values, color=ACCENT, alpha=0.3, linewidth=1)
-        values = _smooth(values, 25)
-    axes.plot(steps, values, color=ACCENT, linewidth=1.7)
-    _show_range(axes, [value for _, value in series])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: write(y)))
-    return svg(figure, f"{name} by step")
-
-
-def _show_range(axes: "Axes", values: list[float]) -> None:
-    """From zero where the curve stays readable, else close around it, but not so that noise looks large."""
-    low, high = min(values), max(values)
-    if 0 <= low < 0.6 * high:
-        axes.set_ylim(0, high * 1.06)
-    else:
-        room = max(0.1 * (high - low), 0.01 * abs(high), 1e-9)
-        axes.set_ylim(low - room, high + room)
+    return line_chart(
+        f"Loss by step: {', '.join(text for _, text, _ in labels)}",
+        [Line("training", loss, 0)],
+        three,
+        size=(1110, 350),
+        x_label="step",
+        width=SMOOTHING * _span(loss),
+        draw=draw,
+        limits=(low, high),
+    )
 
 
 def _parts(about: dict[str, Any]) -> list[dict[str, Any]]:

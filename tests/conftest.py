@@ -4,12 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ranks import Ranks
 
 from mm.config import RunConfig, load_config
 
@@ -71,6 +72,14 @@ TINY: dict[str, Any] = {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of packed sets for the whole session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for tests of several ranks."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture

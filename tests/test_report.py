@@ -1,4 +1,7 @@
-"""The page of a run says what its files say, whatever is missing, and nothing from them becomes markup."""
+"""The page of a run says what its files say, whatever is missing, and nothing from them becomes markup.
+
+A page of several runs puts them on one scale.
+"""
 
 import copy
 import io
@@ -11,9 +14,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from conftest import TINY
 from PIL import Image
 
+from mm.cli import main
+from mm.compare import compare_page, config_differences, distinct_names
+from mm.curves import apart, mean_before, smooth, thin, three
 from mm.errors import DataError
 from mm.page import duration, percent, short
 from mm.report import report_page
@@ -97,7 +106,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
         assert not any(name.startswith("on") for name, _ in attrs)
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -181,6 +190,8 @@ def test_a_run_stopped_early_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_config_and_metrics_alone_are_enough(tmp_path: Path) -> None:
     assert "No step was logged" in Page(report_page(write_run(tmp_path / "a", rows=[]))).words
+    assert "training 6.71" in Page(report_page(write_run(tmp_path / "one", rows=metrics(1)))).words
+    assert "1 training run" in Page(compare_page([tmp_path / "one"])[0]).words
     rows: list[dict[str, Any]] = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.5}]
     assert "training 3.50" in Page(report_page(write_run(tmp_path / "b", rows=rows))).words
 
@@ -232,13 +243,22 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_imports_stay_light() -> None:
-    code = "import sys, mm.report; print({'torch', 'matplotlib', 'jinja2', 'numpy', 'PIL'} & set(sys.modules))"
+    code = (
+        "import sys, mm.report, mm.compare; print({'torch', 'matplotlib', 'jinja2', 'numpy', 'PIL'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(9_999, "9,999"), (12_345, "12.3 k"), (999_499, "999 k"), (1_000_000, "1.00 M"), (45_678_901, "45.7 M")],
+    [
+        (9_999, "9,999"),
+        (9_999.7, "10.0 k"),
+        (12_345, "12.3 k"),
+        (999_499, "999 k"),
+        (1_000_000, "1.00 M"),
+        (45_678_901, "45.7 M"),
+    ],
 )
 def test_short_numbers(value: float, written: str) -> None:
     assert short(value).replace("\u2009", " ") == written
@@ -247,3 +267,208 @@ def test_short_numbers(value: float, written: str) -> None:
 def test_words_for_numbers() -> None:
     assert percent(0.1837).replace("\u2009", " ") == "18.4 %"
     assert [duration(s) for s in (42, 61, 3599, 5025)] == ["42 s", "1 min", "1 h 0 min", "1 h 24 min"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A real run of four steps."""
+    root = tmp_path_factory.mktemp("runs")
+    data = {**TINY["data"], "test": [], "cache": str(cache)}
+    (root / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "data": data}))
+    overrides = ["train.max_steps=4", "train.save_every=2", "evaluation.every=4", "train.batch_tokens=256"]
+    assert main(["train", str(root / "tiny.yaml"), f"out={root / 'real'}", *overrides]) == 0
+    return root / "real"
+
+
+def test_a_real_runs_page_shows_all_that_was_logged(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    words = Page(report_page(trained)).words
+    for part in ("vision", "connector", "language"):
+        norms = sorted(row[f"grad_norm/{part}"] for row in rows)
+        assert f"{part} {three(norms[len(norms) // 2])}" in words
+    for curve in ("Learning rate", "Peak memory, GB", "Pack fill", "Tokens a second"):
+        assert curve in words
+    learned = sorted(row["loss_tokens_per_second"] for row in rows)[len(rows) // 2]
+    assert f"learned {short(learned)}".replace("\u2009", " ") in words
+    assert f"validation {rows[-1]['validation_loss']:.2f}" in words
+    assert all(f"step-0000000{step}" in words for step in (2, 4)) and words.count("newest") == 1
+    assert "What the guard did" not in words and "Stages" not in words
+
+
+def test_stages_guard_and_sources_are_shown(tmp_path: Path) -> None:
+    rows = [
+        {
+            **row, "stage": int(row["step"] > 25), "loss_from/emoji": 2.0, "loss_from/<b>": 40.0, "loss/text": 1.5,
+            "loss/contrastive": 0.25, "mfu": 0.415, "lr/x0.1": row["lr"] / 10,
+        }
+        for row in metrics(40)
+    ]  # fmt: skip
+    guard = [
+        {"step": 7 + n, "reason": "the loss 34.2 is above", "ids": [["a/b/1"] * 8], "action": action}
+        for n, action in enumerate(("skip", "rewind"))
+    ]
+    run = write_run(tmp_path / "run", {"run.json": RUN, "data.json": {"align": {"train": TRAIN}}}, rows)
+    (run / "config.yaml").write_text("stages: [{name: align}, {name: fine-tune}]\n")
+    (run / "guard.jsonl").write_text("".join(json.dumps(event) + "\n" for event in guard))
+    page = report_page(run)
+    words = Page(page).words
+    for text in ("align, train", "fine-tune", "2 steps were left out", "rewind", "and 2 more", "text 1.5", "0.25",
+                 "emoji 2", "<b> 40", "41.5 %", "x0.1 1e-4"):  # fmt: skip
+        assert text in words, text
+    assert "28,000" not in words and "50,000" in words and "30,000" in words  # tokens of the stages: 25 and 15 steps
+    # One cross in the loss chart for each event.
+    assert page.count("stroke: var(--bad)") >= 1 and len(re.findall(r"<use [^>]*style=\"[^\"]*--bad", page)) == 2
+
+
+def law_run(folder: Path, batch: int, steps: int, every: int, noise: float = 0.0, **config: Any) -> Path:
+    """A run whose loss is a function of tokens alone, whatever its batch and logging interval."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"step": step, "tokens": batch * step, "loss": loss_law(batch * step) + noise * random.normal(),
+         "elapsed": 2.0 * step, "tokens_per_second": batch / 2, "data_wait": 0.0, "pack_fill": 1.0}
+        for step in range(every, steps + 1, every)
+    ]  # fmt: skip
+    run = write_run(folder, {}, rows)
+    (run / "config.yaml").write_text(yaml.safe_dump({"out": str(folder), "seed": 0, **config}))
+    return run
+
+
+def loss_law(tokens: float) -> float:
+    return 2 + 3 * math.exp(-tokens / 400_000)
+
+
+def drawn(page: str, axis: str) -> list[list[tuple[float, float]]]:
+    """The lines of the first chart under an axis, in pixels, in the order of the runs."""
+    section = page[page.index(f'class="by by-{axis}"') :]
+    chart = section[section.index("<svg class=") : section.index("</svg>")]
+    found = re.findall(r'<path d="([^"]+)" clip-path[^>]*stroke: var\(--series-(\d)\)', chart)
+    lines = {int(number): re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path) for path, number in found}
+    return [[(float(x), float(y)) for x, y in lines[number]] for number in sorted(lines)]
+
+
+def test_runs_of_other_batch_length_and_interval_lie_on_one_curve_over_tokens(tmp_path: Path) -> None:
+    runs = [
+        law_run(tmp_path / "a", batch=1000, steps=1200, every=1, noise=0.01),
+        law_run(tmp_path / "b", batch=4000, steps=200, every=4, noise=0.01),
+    ]
+    page, skipped = compare_page(runs)
+    Page(page)
+    assert not skipped
+
+    def distance(axis: str) -> float:
+        """In pixels of height, on average over the part that both are drawn in."""
+        (ax, ay), (bx, by) = (np.array(line).T for line in drawn(page, axis))
+        xs = np.linspace(max(ax.min(), bx.min()), min(ax.max(), bx.max()), 50)
+        return float(np.abs(np.interp(xs, ax, ay) - np.interp(xs, bx, by)).mean())
+
+    assert distance("tokens") < 2.5 and distance("steps") > 20 and distance("hours") > 20
+    ends = [line[-1][0] for line in drawn(page, "tokens")]
+    assert ends[0] > ends[1]  # 1.2 M tokens against 0.8 M
+
+
+def test_the_table_gives_losses_at_the_same_tokens(tmp_path: Path) -> None:
+    a = law_run(tmp_path / "a", batch=1000, steps=4000, every=1)
+    b = law_run(tmp_path / "b", batch=4000, steps=200, every=4)
+    words = re.sub(r"\s+", " ", Page(compare_page([a, b])[0]).words)
+    # The mean of the law over the last 1/40 of the longer run: its integral, divided by the width.
+    width = 4_000_000 / 40
+    integral = [2 * x - 3 * 400_000 * math.exp(-x / 400_000) for x in (800_000 - width, 800_000)]
+    mean = (integral[1] - integral[0]) / width
+    found = re.search(
+        r"at 800 k tokens, where the shortest run ends, mean over 100 k tokens(\d\.\d{4})(\d\.\d{4})", words
+    )
+    assert found and float(found[1]) == pytest.approx(mean, abs=1e-3)
+    assert float(found[2]) == pytest.approx(mean, abs=2e-2)  # from a sixteenth of the values
+    assert "Tokens4,000,000800,000" in words and "without evaluation and saving2 h 13 min" in words
+
+
+def test_what_was_different_is_what_differs(tmp_path: Path) -> None:
+    shared = {"data": {"context_length": 512}, "model": {"kind": "x"}}
+    a = law_run(tmp_path / "a", 1000, 20, 1, train={"lr": 1e-3, "betas": [0.9, 0.95], "ema": None}, **shared)
+    b = law_run(tmp_path / "b", 1000, 20, 1, train={"lr": 2e-3, "betas": [0.9, 0.99], "clip": True}, **shared)
+    found = config_differences([yaml.safe_load((run / "config.yaml").read_text()) for run in (a, b)])
+    found.pop("out")
+    assert found == {
+        "train.lr": ["0.001", "0.002"], "train.betas.1": ["0.95", "0.99"], "train.ema": ["null", "–"],
+        "train.clip": ["–", "true"],
+    }  # fmt: skip
+    words = Page(compare_page([a, b])[0]).words
+    assert all(key in words for key in found)
+    assert not any(same in words for same in ("context_length", "betas.0", "seed", "model.kind", str(tmp_path)))
+    assert "the same" in Page(compare_page([a])[0]).words
+
+
+def test_a_broken_run_is_named_and_left_out(trained: Path, tmp_path: Path) -> None:
+    empty = write_run(tmp_path / "empty", rows=[])
+    broken = law_run(tmp_path / "broken", 1000, 9, 1)
+    (broken / "config.yaml").write_text("a: [")
+    nowhere = tmp_path / "a<b>c"
+    made = law_run(tmp_path / "made", 64, 12, 2, train={"optimizer": {"lr": 0.5}})
+    page, skipped = compare_page([empty, trained, broken, nowhere, made, trained])
+    assert {*skipped} == {"empty", "broken", "a<b>c"} and "config.yaml: damaged" in skipped["broken"]
+    words = Page(page).words
+    assert "2 training runs" in words and "no step with a loss was logged" in words and "a<b>c" in words
+    for name in ("real", "made", "Gradient norm", "Validation loss", "train.optimizer.lr", "train.batch_tokens"):
+        assert name in words, name
+    assert "<script" not in page and all(address.startswith("#") for address in Page(page).addresses)
+    with pytest.raises(DataError, match=r"no run to compare: .*no step with a loss.*damaged"):
+        compare_page([empty, broken])
+
+
+def test_report_of_several_on_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "page.html"
+    runs = [str(law_run(tmp_path / name, 64, 12, 2)) for name in "ab"]
+    assert main(["report", *runs, str(tmp_path / "no"), "--out", str(out), "--json"]) == 0
+    said = capsys.readouterr()
+    left_out = re.findall("left out: (.*)", said.err)
+    assert json.loads(said.out.splitlines()[-1]) == {"page": str(out), "skipped": {"no": left_out[0]}}
+    assert out.read_text().count("</html>") == 1
+
+
+def test_names_are_as_short_as_they_may_be(tmp_path: Path) -> None:
+    assert distinct_names([tmp_path / "a/run", tmp_path / "b/run"]) == ["a/run", "b/run"]
+    assert distinct_names([tmp_path / "a/one", tmp_path / "b/two"]) == ["one", "two"]
+
+
+def test_smoothing_is_the_local_least_squares_line() -> None:
+    random = np.random.default_rng(0)
+    xs = 1e9 + np.sort(random.uniform(0, 1e8, 300))
+    ys = np.exp(-(xs - 1e9) / 2e7) + random.normal(0, 0.1, 300)
+    width = 1e7
+    for (x, found), place in zip(smooth(list(zip(xs, ys, strict=True)), width), xs, strict=True):
+        near = np.abs(xs - place) <= width / 2
+        level = np.polyfit((xs[near] - place) / width, ys[near], 1)[1]
+        assert near.sum() > 2 and x == place and found == pytest.approx(level, abs=1e-6)
+    # A straight line stays what it is, to its ends.
+    line = [(float(x), 3.0 - 0.5 * x) for x in range(50)]
+    assert smooth(line, 12) == [(x, pytest.approx(y)) for x, y in line]
+    assert smooth([(5.0, 1.0)], 3) == [(5.0, 1.0)]
+
+
+def test_thinning_keeps_the_extremes_of_every_column() -> None:
+    random = np.random.default_rng(0)
+    points = [(float(x), float(y)) for x, y in zip(range(10_000), random.normal(size=10_000), strict=True)]
+    kept = thin(points, 100)
+    assert len(kept) <= 2 * 101 + 2 and set(kept) <= set(points) and kept == sorted(kept)
+    for first in range(0, 9900, 99 + 1):  # columns are 99.99 wide: their inner part
+        inner = [y for x, y in points if first + 2 <= x < first + 97]
+        near = [y for x, y in kept if first - 2 <= x < first + 101]
+        assert max(near) >= max(inner) and min(near) <= min(inner)
+    assert thin(points[:250], 100) == points[:250]
+
+
+def test_the_mean_before_is_of_the_values_in_the_window() -> None:
+    points = [(float(x), float(x * x)) for x in range(1, 11)]
+    assert mean_before(points, 7.5, 3) == (25 + 36 + 49) / 3
+    assert mean_before(points, 0.5, 3) == 1.0
+
+
+def test_labels_are_moved_apart() -> None:
+    assert apart([1.0, 1.1, 5.0, 1.05], 0.5) == [1.0, 2.0, 5.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(0, "0"), (0.0123, "0.0123"), (5e-5, "5e-5"), (1.2e-4, "1.2e-4"), (1234567, "1.23e6")]
+)
+def test_three_figures(value: float, written: str) -> None:
+    assert three(value) == written

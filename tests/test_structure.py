@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up: a room may import itself and what stands before it.
 ORDER = ["base", "data", "models", "train", "top", "cli"]
-BASE = {"mm.errors", "mm.settings", "mm.files", "mm.page"}
-TOP = {"mm.config", "mm.hub", "mm.report", "mm.doctor", "mm.display"}
+BASE = {"mm.errors", "mm.settings", "mm.files", "mm.page", "mm.curves"}
+TOP = {"mm.config", "mm.hub", "mm.report", "mm.compare", "mm.doctor", "mm.display"}
 
 
 def room(module: str) -> str:

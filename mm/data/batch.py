@@ -37,6 +37,15 @@ class _Tensors:
     def pin_memory(self) -> Any:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: Any) -> None:
+        """Keep the memory until what a stream has been given so far is done."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._each(record)
+
     def _each(self, change: Any) -> Any:
         def apply(value: Any) -> Any:
             if isinstance(value, dict):
@@ -56,6 +65,7 @@ class MediaBatch(_Tensors):
     values: float32 [sum n_i]; item i is `values[offsets[i]:offsets[i + 1]].view(shapes[i])`, [C, H, W] for pictures.
     row, position, length: int64 [N], the row positions that item i takes; cost: int64 [N] encoder tokens.
     features: [sum length, D] in item order when the tower's output is already known, else None.
+    dummy: not data; see `with_dummies`. positions: the sum of length, known without asking the device.
     """
 
     values: Tensor
@@ -66,6 +76,12 @@ class MediaBatch(_Tensors):
     length: Tensor
     cost: Tensor
     features: Tensor | None = None
+    dummy: bool = False
+    positions: int = -1
+
+    def __post_init__(self) -> None:
+        if self.positions < 0 or self.length.device.type == "cpu":
+            object.__setattr__(self, "positions", int(self.length.sum()))
 
     def __len__(self) -> int:
         return len(self.row)
@@ -80,7 +96,8 @@ class MediaBatch(_Tensors):
     def slots(self, row_length: int) -> Tensor:
         """int64 [sum length]: flat positions (row * L + position) of all placeholders, in item order."""
         starts = self.row * row_length + self.position
-        item = torch.repeat_interleave(torch.arange(len(self), device=starts.device), self.length)
+        items = torch.arange(len(self), device=starts.device)
+        item = torch.repeat_interleave(items, self.length, output_size=self.positions)
         first = torch.cumsum(self.length, 0) - self.length
         return starts[item] + torch.arange(len(item), device=starts.device) - first[item]
 
@@ -91,7 +108,9 @@ class PackedBatch(_Tensors):
 
     input_ids int64 [B, L]; labels int64 [B, L], already shifted, -100 where there is no loss; segment_ids int32 [B, L],
     0 = padding; position_ids int64 [B, L], restarting at every segment (running, where segments are not isolated);
-    modality uint8 [B, L]; media by name; ids: sample ids, row by row; bad: (id, reason) of items quarantined in place.
+    modality uint8 [B, L]; media by name; ids: sample ids, row by row; bad: (id, reason) of items quarantined in place;
+    sources: the source of each row, "" of a row of padding; targets: how many labels are not -100, known without asking
+    the device.
     """
 
     input_ids: Tensor
@@ -103,11 +122,51 @@ class PackedBatch(_Tensors):
     ids: list[list[str]]
     isolate_segments: bool = True
     bad: tuple[tuple[str, str], ...] = ()
+    sources: tuple[str, ...] = ()
+    targets: int = -1
+
+    def __post_init__(self) -> None:
+        if self.targets < 0 or self.labels.device.type == "cpu":
+            object.__setattr__(self, "targets", int((self.labels != IGNORE).sum()))
+
+    def learned(self) -> Tensor:
+        """int64 [K]: flat positions (row * L + position) whose label is not -100, in order."""
+        return torch.nonzero_static(self.labels.flatten() != IGNORE, size=self.targets)[:, 0]
 
     @property
     def tokens(self) -> int:
         """Positions that are not padding."""
         return int((self.segment_ids > 0).sum())
+
+
+def with_dummies(batch: PackedBatch, layout: Layout) -> PackedBatch:
+    """The batch with all media that the model takes, in one order: of those that it has none of, one item of zeros.
+
+    Where towers are sharded, every rank has to run each of them as often as the others, and in the same order.
+    `mm.models.system.place` leaves a dummy's features without effect, and its tower with a gradient of zero.
+    """
+    device = batch.input_ids.device
+    return replace(
+        batch,
+        media={
+            kind: batch.media[kind] if kind in batch.media else _dummy(layout, kind).to(device)
+            for kind in layout.media()
+        },
+    )
+
+
+def _dummy(layout: Layout, kind: str) -> MediaBatch:
+    shape, length, cost = layout.smallest(kind)
+    return MediaBatch(
+        values=torch.zeros(math.prod(shape)),
+        shapes=torch.tensor([shape]),
+        offsets=torch.tensor([0, math.prod(shape)]),
+        row=torch.zeros(1, dtype=torch.int64),
+        position=torch.zeros(1, dtype=torch.int64),
+        length=torch.tensor([length]),
+        cost=torch.tensor([cost]),
+        dummy=True,
+    )
 
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
@@ -131,6 +190,7 @@ class Rows:
     ids: list[list[str]]
     isolate_segments: bool
     bad: tuple[tuple[str, str], ...] = ()
+    sources: tuple[str, ...] = ()
 
     def batch(self) -> "PackedBatch":
         """The same arrays as tensors, without a copy."""
@@ -140,8 +200,15 @@ class Rows:
             kind, dot, column = name.partition(".")
             if dot:
                 media.setdefault(kind, {})[column] = tensors.pop(name)
-        batches = {kind: MediaBatch(**columns) for kind, columns in media.items()}
-        return PackedBatch(**tensors, media=batches, ids=self.ids, isolate_segments=self.isolate_segments, bad=self.bad)
+        batches = {kind: MediaBatch(**columns) for kind, columns in media.items()}  # type: ignore[arg-type]
+        return PackedBatch(
+            **tensors,
+            media=batches,
+            ids=self.ids,
+            isolate_segments=self.isolate_segments,
+            bad=self.bad,
+            sources=self.sources,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +285,8 @@ def lay_out(
                 segment = packs[row].segments[one.segment]
                 arrays["labels"][row, max(0, segment.start - 1) : segment.start + segment.length] = IGNORE
     found = [[segment.id for segment in pack.segments] for pack in packs]
-    return Rows(arrays, found, settings.isolate_segments, tuple(bad))
+    sources = tuple(pack.segments[0].source if pack.segments else "" for pack in packs)
+    return Rows(arrays, found, settings.isolate_segments, tuple(bad), sources)
 
 
 def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.ndarray]) -> None:

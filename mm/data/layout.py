@@ -75,6 +75,22 @@ class Layout:
     audio: AudioLayout | None = None
     video: VideoLayout | None = None
 
+    def media(self) -> tuple[str, ...]:
+        """The media that the model takes."""
+        return tuple(kind for kind in ("image", "audio", "video") if getattr(self, kind) is not None)
+
+    def smallest(self, kind: str) -> tuple[tuple[int, ...], int, int]:
+        """(shape of the decoded values, positions in the row, encoder tokens) of the least item of a medium."""
+        if kind == "image" and self.image is not None:
+            side = self.image.transform.size
+            return (3, side, side), self.image.tokens, self.image.cost
+        if kind == "audio" and self.audio is not None:
+            return (self.audio.hop,), *self.audio.count(self.audio.hop)
+        if kind == "video" and self.video is not None:
+            side = self.video.transform.size
+            return (self.video.frames, 3, side, side), *self.video.count()
+        raise ValueError(f"the model takes no {kind}")
+
     def describe(self) -> dict[str, Any]:
         """What a packed set depends on, as it stands in its `dataset.json`."""
         image, audio, video = self.image, self.audio, self.video

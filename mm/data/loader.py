@@ -5,7 +5,7 @@ the whole state is where the sequence stands, whatever the number of either, and
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ class PackedLoader:
         """Batches in a step, the same on every rank."""
         self._workers = workers
         self._pin_memory = pin_memory
+        self._passed_over: frozenset[int] = frozenset()
         settings = RowSettings(layout, row_length, isolate_segments, quarantine, decoder)
         self._make = _Make(dataset.reader, settings, dataset.dropped)
         self._state = self._current()
@@ -106,13 +107,23 @@ class PackedLoader:
         """Where the sequence stands after the last whole step that was handed out."""
         return self._state
 
+    def pass_over(self, steps: Iterable[int]) -> None:
+        """Leave out the packs of these steps, by their number in the sequence, where it has not come to them yet."""
+        self._passed_over |= frozenset(steps)
+        self._state = {**self._state, "passed_over": sorted(self._passed_over)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        self._passed_over = frozenset(state["passed_over"])
         self.mixture.load_state_dict(state["mixture"])
         self._state = state
 
     def _current(self) -> dict[str, Any]:
-        return {"step": self.step, "mixture": self.mixture.state_dict()}
+        return {
+            "step": self.step,
+            "mixture": self.mixture.state_dict(),
+            "passed_over": sorted(self._passed_over),
+        }
 
     def steps(self, count: int) -> Iterator[list[PackedBatch]]:
         """The micro-batches of this rank for the next `count` steps, or until the sequence ends, on all ranks alike."""
@@ -149,13 +160,12 @@ class PackedLoader:
 
     def _step(self) -> Iterator[_Request]:
         """What this rank has to make of the next step; nothing at the end of the sequence."""
-        self.mixture.start_step(self.step)
-        drawn: list[Draw] = []
-        while len(drawn) < self.rows and (draw := self.mixture.next()) is not None:
-            drawn.append(draw)
+        while drawn := self._draw():
+            self.step += 1
+            if self.step - 1 not in self._passed_over:
+                break
         if not drawn:
             return
-        self.step += 1
         ranks = balance(self._costs[[draw.pack for draw in drawn]], self._ranks)
         mine: list[Draw | None] = [draw for draw, rank in zip(drawn, ranks, strict=True) if rank == self._rank]
         mine += [None] * (self.micro_batches * self._micro_batch - len(mine))
@@ -165,6 +175,14 @@ class PackedLoader:
             places = [None if draw is None else self._dataset.place(draw.pack) for draw in part]
             draws = [(self.seed, -1 if draw is None else draw.position) for draw in part]
             yield _Request(places, draws, after if number == self.micro_batches - 1 else None)
+
+    def _draw(self) -> list[Draw]:
+        """The packs of the next step of the sequence."""
+        self.mixture.start_step(self.step)
+        drawn: list[Draw] = []
+        while len(drawn) < self.rows and (draw := self.mixture.next()) is not None:
+            drawn.append(draw)
+        return drawn
 
 
 def source_infos(dataset: PackedDataset) -> list[SourceInfo]:
@@ -185,9 +203,15 @@ def one_pass(
     rows: int,
     isolate_segments: bool = True,
     quarantine: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[PackedBatch]:
-    """Every pack once, in the order on disk, `rows` at a time: for evaluation. The last batch may be smaller."""
+    """Every pack once, in the order on disk, `rows` at a time: for evaluation. The last batch may be smaller.
+
+    Of several ranks each takes its share of the batches; where they do not divide, what lacks is a row of padding, so
+    that all ranks have as many.
+    """
     row_length = dataset.about["settings"]["context_length"]
-    for start in range(0, len(dataset), rows):
+    for start in range(rank * rows, -(-len(dataset) // (rows * ranks)) * rows * ranks, rows * ranks):
         packs = [dataset.kept(n, layout.pad) for n in range(start, min(start + rows, len(dataset)))]
-        yield collate(packs, layout, row_length, isolate_segments, quarantine)
+        yield collate(packs or [EMPTY], layout, row_length, isolate_segments, quarantine)

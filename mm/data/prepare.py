@@ -195,6 +195,33 @@ def pack_split(
 
     Goes on where an earlier call was stopped. None: this slice is done as far as it can be, others are not.
     """
+    job = _job(data, split, layout, seed, out, progress)
+    folder, fingerprint = job.out, job.provenance["fingerprint"]
+    if _is_packed(folder, fingerprint):
+        _remove_work(folder)
+        return folder
+    try:
+        finished = job.run(workers)
+    except OSError:
+        # Another process may have finished the same set, and taken the work folder away.
+        if not (finished := _is_packed(folder, fingerprint)):
+            raise
+    if finished:
+        _remove_work(folder)
+    return folder if finished else None
+
+
+def find_packed(data: DataConfig, split: Split, layout: Layout, seed: int) -> Path | None:
+    """The packed split that a run of this config would read, if it is there already."""
+    if data.packed is not None:
+        return data.packed / split
+    job = _job(data, split, layout, seed)
+    return job.out if _is_packed(job.out, job.provenance["fingerprint"]) else None
+
+
+def _job(
+    data: DataConfig, split: Split, layout: Layout, seed: int, out: Path | None = None, progress: Progress = _silent
+) -> PackJob:
     configs = data.split(split)
     sources: list[Source] = [config.build(data.root) for config in configs]
     if len({source.name for source in sources}) < len(sources):
@@ -213,24 +240,12 @@ def pack_split(
     ]
     fingerprint = _digest([FORMAT_VERSION, layout.describe(), asdict(settings), described, identities])
     folder = out or data.cache.expanduser() / "packed" / f"{split}-{fingerprint}"
-    if _is_packed(folder, fingerprint):
-        _remove_work(folder)
-        return folder
     # What the set was made of, without where that happened to lie: names and sizes, not folders and times.
     names = [{"name": _file(url), "bytes": one["size"]} for (_, url), one in zip(shards, identities, strict=True)]
     provenance = {"sources": described, "shards": names, "fingerprint": fingerprint}
     cache = RemoteCache(data.cache.expanduser() / "remote", data.remote_cache)
     work = folder.with_name(f".{folder.name}.work-{fingerprint}")
-    job = PackJob(folder, work, sources, shards, known, layout, settings, provenance, cache, progress)
-    try:
-        finished = job.run(workers)
-    except OSError:
-        # Another process may have finished the same set, and taken the work folder away.
-        if not (finished := _is_packed(folder, fingerprint)):
-            raise
-    if finished:
-        _remove_work(folder)
-    return folder if finished else None
+    return PackJob(folder, work, sources, shards, known, layout, settings, provenance, cache, progress)
 
 
 def _remove_work(folder: Path) -> None:

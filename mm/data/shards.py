@@ -1,8 +1,8 @@
 """Shards in: which files a path names, and the samples of one, member by member.
 
-A shard is a tar (WebDataset) or a table (`mm.data.tables`). A tar is read as data, never extracted: a member that is
-not a plain file, or whose name points outside, is refused. Where a tar is damaged the damage is reported and reading
-goes on at the next whole header, so that one bad block does not cost the samples behind it. Gzipped tars are
+A shard is a tar (WebDataset), a table (`mm.data.tables`) or a text. A tar is read as data, never extracted: a member
+that is not a plain file, or whose name points outside, is refused. Where a tar is damaged the damage is reported and
+reading goes on at the next whole header, so that one bad block does not cost the samples behind it. Gzipped tars are
 decompressed once into an unlinked temporary file.
 """
 
@@ -28,7 +28,7 @@ from mm.data.remote import expand_remote, is_remote
 from mm.errors import DataError
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-EXTENSIONS = re.compile(r"\.(tar|tgz|tar\.gz|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow|npy|bin)$")
+EXTENSIONS = re.compile(r"\.(tar|tgz|tar\.gz|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow|npy|bin|txt|md)$")
 BLOCK = 512
 CHUNK = 1 << 20
 EXTENDED = (
@@ -396,8 +396,26 @@ class Tar:
         return None
 
 
+class TextFile:
+    """A text as it stands in a file: one sample, whose member `txt` is all of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name = stem(path)
+        self._file: IO[bytes] = open(path, "rb")
+
+    def __enter__(self) -> "TextFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def groups(self) -> Iterator[Group | DataError]:
+        yield Group(self, "0", {"txt": Extent(self._file, self.path, 0, os.fstat(self._file.fileno()).st_size)})
+
+
 def open_shard(path: str, limits: Limits) -> Shard:
-    """A shard by its file name: a tar, or a table (`mm.data.tables`).
+    """A shard by its file name: a tar, a text, or a table (`mm.data.tables`).
 
     Raises `DataError` where nothing of it can be read.
     """
@@ -405,7 +423,7 @@ def open_shard(path: str, limits: Limits) -> Shard:
         from mm.data.tables import open_table
 
         return open_table(path, limits)
-    return Tar(path)
+    return TextFile(path) if path.endswith((".txt", ".md")) else Tar(path)
 
 
 def stem(path: str) -> str:

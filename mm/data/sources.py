@@ -54,7 +54,8 @@ class FilesConfig(KindSection):
 
     path: str
     """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, `s3:// gs:// hf:// http(s)://`, `builtin:emoji/train-*.tar.gz`.
-    Tars, jsonl (also .gz and .zst), parquet, folders saved by Hugging Face's `datasets`; token ids in .npy and .bin."""
+    Tars, jsonl (also .gz and .zst), parquet, folders saved by Hugging Face's `datasets`; texts in .txt and .md; token
+    ids in .npy and .bin."""
     name: str = ""
     """Its name in counts, mixtures and sample ids; by default the folder that the shards are in."""
     columns: dict[str, str] = {}
@@ -259,7 +260,7 @@ def _timed(fields: Fields, where: str) -> list[tuple[tuple[float, float], Fields
 
 
 class TextConfig(TextTemplates):
-    """Text: rows of jsonl or parquet with a `text`, or `.txt` members of tars."""
+    """Text: rows of jsonl or parquet with a `text`, `.txt` members of tars, or whole `.txt` and `.md` files."""
 
     kind: str = "text"
     text: str = "{text}"

@@ -64,9 +64,13 @@ class Tokenizer:
             )
         return int(found)
 
+    def to_json(self) -> str:
+        """What a tokenizer.json holds."""
+        return self._backend.to_str()
+
     def fingerprint(self) -> str:
         """A digest of vocabulary, merges and rules: equal for equal tokenizers, whatever they are called."""
-        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True).encode()
+        canonical = json.dumps(json.loads(self.to_json()), sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:16]
 
 

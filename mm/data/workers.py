@@ -8,6 +8,7 @@ Blocks are anonymous files passed through the pipe. They are in no file system (
 bound them), and nothing is left behind when a process is killed.
 """
 
+import atexit
 import contextlib
 import math
 import mmap
@@ -108,6 +109,7 @@ class _Worker:
         mine = (self._requests, self.pipe)
         self._process = context.Process(target=_work, args=(requests, answers, mine, os.getpid(), make), daemon=True)
         self._process.start()
+        atexit.register(self._process.kill)  # comes before multiprocessing's own end, which would send SIGTERM and wait
         requests.close()
         answers.close()
 
@@ -155,7 +157,8 @@ class _Worker:
         ) from None
 
     def stop(self) -> None:
-        self._process.terminate()
+        atexit.unregister(self._process.kill)
+        self._process.kill()
         self._process.join()
         self._requests.close()
         self.pipe.close()
@@ -210,8 +213,9 @@ def _anonymous_file(size: int) -> int:
 
 def _work(requests: Connection, answers: Connection, theirs: Iterable[Connection], parent: int, make: Make) -> None:
     """The loop of a worker. It ends with the process that started it, whose ends of the pipes are `theirs`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C, and SIGTERM to all processes of a job, are the trainer's business: it wants one more batch to end with.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     for end in theirs:
         end.close()
     torch.set_num_threads(1)

@@ -104,7 +104,10 @@ def packing(segment_ids: Tensor, isolate_segments: bool = True, implementation: 
     number = segment_ids.long() if isolate_segments else (segment_ids > 0).long()
     row = torch.arange(rows, device=segment_ids.device)[:, None]
     scope = torch.where(number > 0, row * (length + 1) + number, 0).reshape(-1)
-    return Packing(scope, implementation or choose_implementation(segment_ids.device))
+    made = Packing(scope, implementation or choose_implementation(segment_ids.device))
+    if made.implementation == "flex":
+        made.block_mask  # noqa: B018  made here, once: torch.compile cannot trace the cache from inside a layer
+    return made
 
 
 def packed_attention(
@@ -130,6 +133,9 @@ def packed_attention(
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout: float) -> Tensor:
     out = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])  # n h d
+    if not packing.groups:
+        # Nothing but padding: projections before this get a gradient of zero, as on the other ranks they get one.
+        return (out + 0.0 * (q.sum() + k.sum() + v.sum())).transpose(0, 1)[None]
     for positions, real in packing.groups:
         part_q, part_k, part_v = (x[0][:, positions].transpose(0, 1) for x in (q, k, v))  # s h m d
         part = F.scaled_dot_product_attention(
@@ -175,7 +181,8 @@ _compiled_functions: dict[Any, Any] = {}
 
 def _compiled(function: Any) -> Any:
     if function not in _compiled_functions:
-        _compiled_functions[function] = torch.compile(function)
+        # Wrapped, so that selective activation checkpointing sees one operation, whose output it keeps.
+        _compiled_functions[function] = torch.compile(function, options={"wrap_inductor_compiled_regions": True})
     return _compiled_functions[function]
 
 

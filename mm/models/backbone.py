@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+from mm.data.batch import PackedBatch
 from mm.errors import ConfigError
 from mm.models import attention
 from mm.models.config import LanguageConfig
+from mm.models.objectives import linear_cross_entropy_losses, next_token_losses
 
 
 def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
@@ -47,7 +49,7 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
             f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
             "give the model's own tokenizer"
         )
-    probe(model, name)
+    model.logit_factor = probe(model, name)
     return model
 
 
@@ -75,17 +77,61 @@ def run(
     Returns:
         [K, V]. The rows are flattened into one, so that the head runs on the K positions alone.
     """
-    return model(
-        inputs_embeds=embeddings.flatten(0, 1)[None],
-        position_ids=position_ids.reshape(1, -1),
-        use_cache=False,
-        logits_to_keep=keep,
-        packing=attention.packing(segment_ids, isolate, implementation),
-    ).logits[0]
+    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation)
+    return model(**inputs, logits_to_keep=keep).logits[0]
 
 
-def probe(model: Any, name: str) -> None:
+def token_losses(model: Any, embeddings: Tensor, batch: PackedBatch) -> Tensor:
+    """-log p in nats, float32 [K], of the batch's K targets, row by row.
+
+    Whole logits are not made, unless the model does more with its head's output than scale it.
+    """
+    keep = batch.learned()
+    targets = batch.labels.flatten()[keep]
+    where = batch.segment_ids, batch.position_ids
+    head, factor = model.get_output_embeddings(), model.logit_factor
+    if factor is None or not isinstance(head, nn.Linear):  # adapters replace the layer
+        return next_token_losses(run(model, embeddings, *where, keep, batch.isolate_segments), targets)
+    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments))[keep]
+
+    def losses(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy_losses(hidden, head.weight, head.bias, targets)
+
+    # The head is called as a module, with the loss for its forward: engines that keep weights in parts gather them in
+    # hooks around a module's call, and outside of it there may be nothing in `head.weight`.
+    before = vars(head).get("forward")
+    vars(head)["forward"] = losses
+    try:
+        return head(hidden if factor == 1 else hidden * factor)
+    finally:
+        if before is None:
+            del vars(head)["forward"]
+        else:
+            vars(head)["forward"] = before
+
+
+def _inputs(
+    embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, isolate: bool, implementation: str | None = None
+) -> dict[str, Any]:
+    """Packed rows as one row of transformers' arguments."""
+    return {
+        "inputs_embeds": embeddings.flatten(0, 1)[None],
+        "position_ids": position_ids.reshape(1, -1),
+        "use_cache": False,
+        "packing": attention.packing(segment_ids, isolate, implementation),
+    }
+
+
+def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """[N, D]: what the head reads, of every position."""
+    return model.base_model(**inputs).last_hidden_state[0]
+
+
+def probe(model: Any, name: str) -> float | None:
     """Raise `ConfigError` unless two segments in one row give what each gives alone.
+
+    Returns:
+        The number that the model multiplies its head's output by to get logits, 1 for most; None where that is not all.
 
     Runs on a copy of the model's config with at most 4 layers and a small vocabulary, so that it costs little
     for a model of any size, and on the meta device too.
@@ -115,6 +161,7 @@ def probe(model: Any, name: str) -> None:
                 for a, b in ((0, 7), (7, 12))
             ]
             difference = float((packed - torch.cat(apart)).abs().max() / packed.abs().max())
+            factor = _logit_factor(tiny, _inputs(both, ids, positions, isolate=True))
     except Exception as error:
         raise ConfigError(
             f"model.language {name}: does not take packed rows ({_first_line(error)}); choose a causal language model "
@@ -126,6 +173,23 @@ def probe(model: Any, name: str) -> None:
             "(relative): it has position or mask logic of its own and would leak between samples; choose a model with "
             "standard attention"
         )
+    return factor
+
+
+def _logit_factor(model: Any, inputs: dict[str, Any]) -> float | None:
+    """See `probe`. Changes the head's weights."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or model.base_model is model:
+        return None
+    # Small logits would pass through a soft cap, c tanh(x / c), as if it were none.
+    nn.init.normal_(head.weight, std=10)
+    logits, plain = model(**inputs).logits[0], head(_hidden(model, inputs))
+    factor = float((logits * plain).sum() / plain.square().sum())
+    if not torch.allclose(logits, factor * plain, rtol=1e-4, atol=1e-4 * float(logits.abs().max())):
+        return None
+    if abs(factor - 1) < 1e-5:
+        return 1.0
+    return factor if head.bias is None else None
 
 
 @contextlib.contextmanager

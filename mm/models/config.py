@@ -217,6 +217,7 @@ SYSTEMS = Kinds(
     "model",
     {
         "open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig",
+        "text_lm": "mm.models.systems.text_lm.config:TextLMConfig",
         "layout": "mm.models.config:LayoutConfig",
     },
 )

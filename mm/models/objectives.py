@@ -1,9 +1,126 @@
-"""Objectives: pure functions from logits and targets to a sum of losses. The trainer divides by global counts."""
+"""Objectives as pure functions: they return losses term by term, and the trainer divides by global counts."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MIN_CHUNK = 256  # tokens; fewer make matrix products slow
 
 
 def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in nats, float32 [K], of logits [K, V] and targets int64 [K]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def linear_cross_entropy_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """`next_token_losses` of logits hidden @ weight.T + bias that are never there all at once.
+
+    Logits are made a chunk of tokens at a time, and with them the gradients of the *sum* of all losses, since a sum is
+    what nearly every caller takes: its backward pass has only to scale them, and no logits are made twice. Any other
+    gradient is worked out in the backward pass, from logits made again.
+
+    `F.linear_cross_entropy` (torch 2.14) gives a sum so, or single losses with logits made twice, which takes some
+    40 % longer than this; of bfloat16 it gives bfloat16 losses, and the trainer wants both sum and single losses.
+
+    Args:
+        hidden: [K, D]; weight: [V, D]; bias: [V]; targets: int64 [K].
+
+    Returns:
+        float32 [K]. Products are in autocast's dtype, else in that of `hidden`; all else is in float32.
+    """
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, learns: bool
+    ) -> Tensor:
+        wanted = tuple(learns and needed for needed in ctx.needs_input_grad[:3])
+        losses, ctx.of_sum = _sweep(hidden, weight, bias, targets, dtype, wanted)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.dtype = dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        # The gradient of a sum comes as one number, expanded: known without a look at the values, which would make
+        # a GPU wait. Scaling is in place, so a second backward pass starts anew.
+        if ctx.of_sum is not None and (grad.stride(0) == 0 or len(grad) < 2):
+            grads = [one if one is None else one.mul_(grad[:1].sum()) for one in ctx.of_sum]
+            ctx.of_sum = None
+        else:
+            grads = _sweep(hidden, weight, bias, targets, ctx.dtype, ctx.needs_input_grad[:3], grad)[1]
+        inputs = (hidden, weight, bias)
+        return (
+            *(one if one is None else one.to(x.dtype) for x, one in zip(inputs, grads, strict=True)),
+            None,
+            None,
+            None,
+        )
+
+
+def _sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dtype: torch.dtype,
+    wanted: tuple[bool, ...],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses [K], and of hidden, weight and bias the wanted gradients of sum(scale * losses), in float32.
+
+    A chunk is as long as the model is wide, so its logits take as much memory as the head's weights do.
+    """
+    inputs = (hidden, weight, bias)
+    grads = [torch.zeros_like(x, dtype=torch.float32) if w else None for x, w in zip(inputs, wanted, strict=True)]  # type: ignore[arg-type]
+    of_hidden, of_weight, of_bias = grads
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    rows = max(MIN_CHUNK, hidden.shape[1])
+    buffer = losses.new_empty(min(rows, len(hidden)), len(weight))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        chunk, target = hidden[part], targets[part, None]
+        logits = buffer[: len(chunk)]
+        _multiply(chunk, weight.T, logits)
+        if bias is not None:
+            logits += bias
+        logits -= logits.amax(1, keepdim=True)
+        of_target = logits.gather(1, target)
+        total = logits.exp_().sum(1, keepdim=True)
+        losses[part] = (total.log() - of_target)[:, 0]
+        if not any(wanted):
+            continue
+        of_logits = logits.div_(total)  # d loss / d logits = softmax - one-hot
+        of_logits.scatter_add_(1, target, of_logits.new_full(target.shape, -1.0))
+        if scale is not None:
+            of_logits *= scale[part, None]
+        if of_bias is not None:
+            of_bias += of_logits.sum(0)
+        of_logits = of_logits.to(dtype)
+        if of_hidden is not None:
+            _multiply(of_logits, weight, of_hidden[part])
+        if of_weight is not None and dtype == torch.float32:
+            torch.addmm(of_weight, of_logits.T, chunk, out=of_weight)
+        elif of_weight is not None:
+            of_weight += of_logits.T @ chunk
+    return losses, grads
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a @ b into `out`, which may be of a wider dtype."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)

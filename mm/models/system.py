@@ -1,23 +1,30 @@
 """System: what the trainer knows of a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from mm.data.batch import IGNORE, PackedBatch
+from mm.data.batch import IGNORE, MediaBatch, PackedBatch
+from mm.models import backbone
 
-if TYPE_CHECKING:
-    from mm.data.batch import MediaBatch
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Sums of losses with the counts that they are to be divided by, both by objective, and metrics to log."""
+    """Sums of losses with the counts that they are to be divided by, both by objective, and metrics to log.
+
+    `rows`: of objectives that can tell, the loss of each row of the batch [B], for logging by source. `features`: of a
+    `PooledSystem`, what its pooled objectives are computed from.
+    """
 
     losses: dict[str, Tensor]
     counts: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class System(nn.Module):
@@ -36,6 +43,26 @@ class System(nn.Module):
     def forward(self, batch: PackedBatch) -> Output:
         raise NotImplementedError
 
+    def within(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call a function that uses this system's parts from outside its `forward`.
+
+        Where weights are sharded, those that belong to no block are gathered for the time of the call, as around
+        `forward`. Evaluation and generation go through here; every rank has to come.
+        """
+        return function(*args, **kwargs)
+
+
+class PooledSystem(System):
+    """A system with objectives over all items of a step, whatever row, micro-batch or rank they are in.
+
+    Its `forward` gives `features`, tensors with one entry an item along the first axis, in one order: [n, …] (a learned
+    temperature too, expanded to [n]). The trainer gathers them and hands gradients back.
+    """
+
+    def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of losses by objective, from the features of all items, in float32: a pure function, no parameters."""
+        raise NotImplementedError
+
 
 class GenerativeSystem(System):
     """A system that writes text: its objective is `next_token` on the batch's labels."""
@@ -51,16 +78,39 @@ class GenerativeSystem(System):
         return {"next_token": (batch.labels != IGNORE).sum()}
 
     def forward(self, batch: PackedBatch) -> Output:
-        return Output({"next_token": self.token_losses(batch).sum()}, self.counts(batch))
+        losses = self.token_losses(batch)
+        row = batch.learned() // batch.labels.shape[1]
+        rows = losses.detach().new_zeros(len(batch.labels)).index_add_(0, row, losses.detach())
+        return Output({"next_token": losses.sum()}, self.counts(batch), rows={"next_token": rows})
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """-log p in nats, float32, of every target (label that is not -100), row by row."""
-        raise NotImplementedError
+        return backbone.token_losses(self.language, self.embed(batch), batch)
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """[B, L, D]: what the language model reads, media features in their places."""
+        embeddings: Tensor = self.language.get_input_embeddings()(batch.input_ids)
+        for medium, media in batch.media.items():
+            features = self.encode(medium, media) if media.features is None else media.features
+            embeddings = place(embeddings, features, media)
+        return embeddings
+
+    def encode(self, medium: str, media: MediaBatch) -> Tensor:
+        """[sum length, D]: the features of all items of a medium, in item order. A system without media has none."""
         raise NotImplementedError
 
-    def encode(self, medium: str, media: "MediaBatch") -> Tensor:
-        """[sum length, D]: the features of all items of a medium, in item order."""
-        raise NotImplementedError
+
+def place(embeddings: Tensor, features: Tensor, media: MediaBatch) -> Tensor:
+    """Media features in the positions of their placeholders.
+
+    Args:
+        embeddings: [B, L, D]; features: [sum length, D] in item order.
+
+    A dummy's features (of a rank without this medium, which runs the tower because the others do) change nothing and
+    stay in the graph, so that its sharded weights take part in the backward pass.
+    """
+    if media.dummy:
+        return embeddings + 0.0 * features.sum().to(embeddings.dtype)
+    flat = embeddings.flatten(0, 1)
+    slots = media.slots(embeddings.shape[1])
+    return flat.index_put((slots,), features.to(flat.dtype)).view_as(embeddings)

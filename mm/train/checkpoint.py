@@ -1,32 +1,41 @@
-"""Checkpoints: folders that are whole or absent, written by torch.distributed.checkpoint as safetensors.
+"""Checkpoints: folders that are whole or absent, written in the background by any number of ranks.
 
-    checkpoints/step-00000100/state.json          step, loader, counters, versions, resolved config
-    checkpoints/step-00000100/*.safetensors       model.NAME, optimizer.NAME.MOMENT, rng.*
+    checkpoints/step-00000100/state.json             step, what the trainer adds, versions, size and checksum of files
+    checkpoints/step-00000100/tensors-00000.safetensors  rank 0's parts of model.NAME, optimizer.NAME.MOMENT, ema.NAME
+    checkpoints/latest, checkpoints/best             the name of a folder
 
-A save goes to a temporary name, is flushed to disk and renamed; what a killed save leaves is ignored and cleared. There
-is no pickle: tensors are safetensors, the rest is JSON.
+torch.distributed.checkpoint plans who writes and reads which part, so a checkpoint loads at any number of ranks. A save
+goes to a temporary name; every file is on the disk before state.json is written, and that before the folder gets its
+name and `latest` names it. What a killed save leaves is ignored, and cleared when the run goes on. There is no pickle:
+tensors are safetensors, the rest is JSON.
 """
 
 import json
 import platform
 import shutil
+import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata as Bytes
+from torch.distributed.tensor import DTensor
 
 from mm.errors import CheckpointError
-from mm.files import fsync
+from mm.files import atomic, fsync
+from mm.train.storage import Reader, Writer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PREFIX = "step-"
+
+# Said at each save and load of one process. A filter for the time of a call would not hold: they run in two threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def versions() -> dict[str, str]:
@@ -39,6 +48,9 @@ def versions() -> dict[str, str]:
         "transformers",
         "timm",
         "tokenizers",
+        "safetensors",
+        "deepspeed",
+        "peft",
         "numpy",
         "pillow",
     ):
@@ -52,6 +64,30 @@ def versions() -> dict[str, str]:
 def complete(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """The whole checkpoint that `latest` or `best` names."""
+    try:
+        path = folder / (folder / pointer).read_text().strip()
+    except OSError:
+        return None
+    return path if path.name.startswith(PREFIX) and (path / "state.json").is_file() else None
+
+
+def newest(folder: Path) -> Path | None:
+    """Where a run goes on: the checkpoint that `latest` names, or else the whole one of the highest step."""
+    return pointed(folder, "latest") or next(reversed(complete(folder)), None)
+
+
+def find(path: Path) -> Path:
+    """A checkpoint, given itself, its run (then the newest), or the run's folder of checkpoints."""
+    if (path / "state.json").is_file():
+        return path
+    found = newest(path / "checkpoints") or newest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run with one (no {path / 'checkpoints'}/{PREFIX}*)")
+    return found
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -88,53 +124,156 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer, names: set[str]) ->
         group["lr"], group["weight_decay"] = lr, decay
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    return {
-        "cpu": torch.get_rng_state(),
-        **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
-    }
+class Checkpoints:
+    """The checkpoints of a run that trains. Every rank makes one, and calls `save` and `wait` at the same steps.
 
+    Args:
+        folder: Of the run's checkpoints, the same for all ranks, on a disk that they share.
+        keep: So many of the newest stay,
+        keep_every: and those whose step is a multiple of this (0: none), and the best.
+        asynchronous: Write from a copy in host memory, as large as this rank's parts, while training goes on.
+        ranks, rank: Of the run. More than one need `torch.distributed`, and talk over a gloo group of their own.
+    """
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `step-NNNNNNNN`, then remove all but the newest `keep`. Raises OSError when the disk is full, say."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    tensors = {
-        **{f"model.{name}": tensor.detach() for name, tensor in model_tensors(model).items()},
-        **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()},
-        **{f"rng.{name}": tensor for name, tensor in rng_tensors().items()},
-    }
-    try:
-        partial.mkdir()
-        _dcp(dcp.save, tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-        about = {"format_version": FORMAT_VERSION, "step": step, **state, "versions": versions()}
-        (partial / "state.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        for file in (*partial.iterdir(), partial):
-            fsync(file)
+    def __init__(
+        self, folder: Path, *, keep: int, keep_every: int = 0, asynchronous: bool = True, ranks: int = 1, rank: int = 0
+    ) -> None:
+        self.folder = folder
+        self.keep, self.keep_every = keep, keep_every
+        self.asynchronous = asynchronous
+        self.ranks, self.rank = ranks, rank
+        self._copies: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+        self._group = dist.new_group(backend="gloo") if ranks > 1 else None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False) -> None:
+        """Write `step-NNNNNNNN`; when asynchronous, this returns as soon as a copy of the tensors is made.
+
+        Args:
+            tensors: By name; whole ones, the same on all ranks or on one of them, or DTensors. Tied ones once.
+            state: JSON for rank 0 to store beside them.
+            best: Let `best` name this one.
+
+        Raises:
+            OSError, CheckpointError: What writing raised, on any rank, is raised on every rank: at once, or, when
+                asynchronous, by the next `save` or `wait`. The checkpoints before it are untouched.
+        """
+        self.wait()
+        about = {"format_version": FORMAT_VERSION, "step": step, "ranks": self.ranks, **json.loads(json.dumps(state))}
+        staged = self._stage(tensors)
+        self._writing = self._thread.submit(self._write, self.folder / f"{PREFIX}{step:08d}", staged, about, best)
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is on the disk, and raise what it raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """`wait`, and end the thread and the group that were made for writing."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
+    @torch.no_grad()
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts, each with its place in the whole (`torch.distributed.checkpoint.protocol`)."""
+        staged: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            if self.asynchronous:
+                copy = self._copies.get(name)
+                if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
+                    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+                part = copy.copy_(part, non_blocking=True)
+            if isinstance(tensor, DTensor):
+                (chunk,) = tensor.__create_chunk_list__()
+                part.global_shape = tuple(tensor.shape)  # type: ignore[attr-defined]
+                part.global_offsets = (tuple(chunk.offsets),)  # type: ignore[attr-defined]
+                part.local_offsets = ((0,) * tensor.dim(),)  # type: ignore[attr-defined]
+                part.local_sizes = (tuple(chunk.sizes),)  # type: ignore[attr-defined]
+            staged[name] = part
+        if self.asynchronous:
+            self._copies = staged
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+        return staged
+
+    def _write(self, final: Path, tensors: dict[str, Tensor], about: dict[str, Any], best: bool) -> None:
+        partial = final.with_name(f".{final.name}.partial")
+        writer = Writer(partial, lambda files: self._commit(partial, final, {**about, "files": files}, best))
+        try:
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except CheckpointException as error:
+            raise _cause(error) from None
+        finally:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _commit(self, partial: Path, final: Path, about: dict[str, Any], best: bool) -> None:
+        """Rank 0, when all files are on the disk: the rest, in an order that may be cut off anywhere."""
+        if missing := [name for name in about["files"] if not (partial / name).is_file()]:
+            raise CheckpointError(
+                f"{partial / missing[0]}: written by another rank and not seen by rank 0; `out` must be a folder that "
+                "all machines share"
+            )
+        with atomic(partial / "state.json") as file:
+            text = json.dumps({**about, "saved": time.time(), "versions": versions()}, indent=2, ensure_ascii=False)
+            file.write(text.encode() + b"\n")
+        fsync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
-        fsync(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in complete(folder)[:-keep]:
-        gone = old.with_name(f".{old.name}.removed")
-        old.rename(gone)
-        shutil.rmtree(gone)
-    return final
+        for pointer in ("best", "latest") if best else ("latest",):
+            with atomic(self.folder / pointer) as file:
+                file.write(final.name.encode() + b"\n")
+        fsync(self.folder)
+        found = complete(self.folder)
+        stay = {*found[-self.keep :], final, pointed(self.folder, "best")}
+        for old in found:
+            if old not in stay and not (self.keep_every and int(old.name.removeprefix(PREFIX)) % self.keep_every == 0):
+                _remove(old)
+
+    def _clear_leftovers(self) -> None:
+        """Of a killed save. One that had replaced a checkpoint and was whole gets its name."""
+        for left in self.folder.glob(f".{PREFIX}*.partial"):
+            final = self.folder / left.name.removeprefix(".").removesuffix(".partial")
+            if (left / "state.json").is_file() and not final.exists():
+                left.rename(final)
+        for left in self.folder.glob(".*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a checkpoint that is half removed must not be taken for a whole one."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """The plain error that torch.distributed.checkpoint wraps: a full disk is an OSError again."""
+    return error.failures[min(error.failures)][0]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json, checked. Raises `CheckpointError`."""
+    """state.json, checked; the tensors' files are there in full size. Raises `CheckpointError`."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -143,53 +282,88 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint}: checkpoint format {state.get('format_version')}, this version of mm reads {FORMAT_VERSION}"
         )
+    for name, about in state["files"].items():
+        size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
+        if size != about["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise CheckpointError(
+                f"{checkpoint}: damaged: {name} {found}, expected {about['bytes']:,} bytes; use an older checkpoint"
+            )
     return state
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Load weights (and optimizer and RNG, if an optimizer is given) in place; returns the state.
-
-    Raises `CheckpointError`, naming tensors, when the checkpoint is of another model, and when it is damaged.
-    """
-    state = read_state(checkpoint)
-    reader = HuggingFaceStorageReader(str(checkpoint))
+def open_reader(checkpoint: Path) -> Reader:
+    """Raises `CheckpointError` when the headers of its files cannot be read."""
     try:
-        described = reader.read_metadata().state_dict_metadata
-        saved = {name: tuple(about.size) for name, about in described.items() if not isinstance(about, Bytes)}
+        return Reader(checkpoint)
     except Exception as error:
         raise CheckpointError(f"{checkpoint}: cannot be read ({error}); use an older checkpoint") from None
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model_tensors(model).items()}
-    rng: dict[str, Tensor] = {}
-    if optimizer is not None:
-        create_optimizer_state(optimizer, {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved})
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
-        rng = {f"rng.{name}": tensor.clone() for name, tensor in rng_tensors().items()}
-    parts = ("model.", "optimizer.") if optimizer is not None else ("model.",)
-    extra = [name for name in saved if name.startswith(parts) and name not in tensors]
-    wrong = [
+
+
+def described(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whole tensors by name. Raises `CheckpointError`."""
+    read_state(checkpoint)
+    return {name: tuple(about.size) for name, about in open_reader(checkpoint).tensors.items()}
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Load tensors in place, whatever the number of ranks was that saved them; returns the state.
+
+    Of the kinds of tensors that are given (`model.`, `optimizer.`, `ema.`), the checkpoint must hold these and no
+    others. Each rank reads its own parts; where `torch.distributed` runs, all ranks must call this, and what one of
+    them cannot load is raised on all.
+
+    Args:
+        tensors: By name; whole ones (a rank may give some of them only) or DTensors.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, of another format, or, naming tensors, of another model.
+    """
+    state: dict[str, Any] = {}
+    problem, others = "", set[str]()
+    try:
+        state = read_state(checkpoint)
+        reader = open_reader(checkpoint)
+        saved = {name: tuple(about.size) for name, about in reader.tensors.items()}
+        kinds = {name.partition(".")[0] for name in tensors}
+        others = {name for name in saved if name.partition(".")[0] in kinds and name not in tensors}
+        problem = _summary(checkpoint, _mismatches(saved, tensors))
+    except CheckpointError as error:
+        problem = str(error)
+    found = _all_ranks((problem, others))
+    unknown = [f"{name} is not in the model" for name in sorted(set.intersection(*(others for _, others in found)))]
+    _raise_first([*(problem for problem, _ in found), _summary(checkpoint, unknown)])
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        problem = f"{checkpoint}: cannot be read ({_cause(error)}); use an older checkpoint"
+    _raise_first(_all_ranks(problem))
+    return state
+
+
+def _mismatches(saved: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> list[str]:
+    return [
         f"{name} is {list(saved[name])}, the model's {list(tensor.shape)}" if name in saved else f"{name} is missing"
         for name, tensor in tensors.items()
         if saved.get(name) != tuple(tensor.shape)
-    ] + [f"{name} is not in the model" for name in extra]
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint}: of another model: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else "")
-        )
-    rng = {name: tensor for name, tensor in rng.items() if name in saved}
-    _dcp(dcp.load, {**tensors, **rng}, storage_reader=reader)
-    if "rng.cpu" in rng:
-        torch.set_rng_state(rng["rng.cpu"])
-    if "rng.cuda" in rng:
-        torch.cuda.set_rng_state(rng["rng.cuda"])
-    return state
+    ]
 
 
-def _dcp(function: Any, tensors: dict[str, Tensor], **storage: Any) -> None:
-    """Run DCP in one process and give back the plain error that it wraps (a full disk is an OSError again)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            function(tensors, no_dist=True, **storage)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise cause from None
+def _summary(checkpoint: Path, wrong: list[str]) -> str:
+    more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+    return f"{checkpoint}: of another model: {wrong[0]}{more}" if wrong else ""
+
+
+def _all_ranks(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise_first(problems: list[str]) -> None:
+    for problem in problems:
+        if problem:
+            raise CheckpointError(problem)

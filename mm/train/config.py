@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from mm.data.config import DataConfig
 from mm.settings import Count, Kinds, KindSection, Number, Section
+from mm.train.engines.config import ENGINES, SingleConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -89,10 +91,22 @@ SCHEDULES = Kinds(
 )
 
 
+def _is_a_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_is_a_pattern)]
+"""A regular expression for whole names of parameters or modules, such as `vision.*`."""
+
+
 class ParamRule(Section):
     """Settings for the parameters whose whole name matches. Later rules override earlier ones, field by field."""
 
-    match: str
+    match: Pattern
     """A regular expression for whole parameter names: `vision.*`, `.*bias`. One that matches nothing is an error."""
     freeze: bool | None = None
     """Do not train these."""
@@ -101,14 +115,51 @@ class ParamRule(Section):
     weight_decay: Number | None = None
     """Replaces the optimizer's."""
 
-    @field_validator("match")
-    @classmethod
-    def _is_a_pattern(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        return match
+
+class LoraRule(Section):
+    """Low-rank adapters (Hu et al., 2106.09685) in the linear layers whose whole name matches, by peft."""
+
+    match: Pattern
+    """A regular expression for whole module names, such as `language.*(q|v)_proj`. One without a match is an error."""
+    rank: int = Field(default=8, ge=1)
+    """r: the rank of the update."""
+    alpha: Number = Field(default=16, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    """Of the adapter's input."""
+
+
+class CheckpointingConfig(Section):
+    """Activation checkpointing: memory for time. What is recomputed in the backward pass is not kept."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """`full`: only the input of each block is kept. `selective`: also the outputs of matrix products and attention, so
+    that the cheap rest is recomputed."""
+    match: list[Pattern] = []
+    """Whole names of the modules to apply it to; by default the blocks of `train.blocks`."""
+
+
+class GuardConfig(Section):
+    """What to do about a step whose loss or gradient norm is not finite, or far outside what it was of late."""
+
+    sigmas: Number = Field(default=6.0, ge=0)
+    """Standard deviations above the mean of the window beyond which a step is skipped; 0: only what is not finite."""
+    window: int = Field(default=128, ge=8)
+    """Steps that mean and standard deviation are taken over. It judges from half full on."""
+    rewind_after: Count = Field(default=3, ge=1)
+    """Skipped steps in a row after which the run goes back to its newest checkpoint and passes over their packs."""
+    max_rewinds: Count = Field(default=3, ge=0)
+    """Rewinds after which the run ends instead."""
+
+
+class EarlyStopConfig(Section):
+    """Keep the best checkpoint by a logged number, and end when it has not improved for long."""
+
+    metric: str = "validation_loss"
+    """A key of metrics.jsonl that evaluation writes."""
+    better: Literal["lower", "higher"] = "lower"
+    patience: Count = Field(default=0, ge=0)
+    """Evaluations without improvement after which the run ends; 0: never."""
 
 
 class TrainConfig(Section):
@@ -122,22 +173,49 @@ class TrainConfig(Section):
     """Tokens of a step, rounded down to whole rows of `data.context_length`."""
     micro_batch: int = Field(default=1, ge=1)
     """Rows in one forward and backward pass; the rest of the step is accumulated. It changes memory, not results."""
+    engine: Annotated[Any, ENGINES] = SingleConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast over float32 weights."""
+    init_from: Path | None = None
+    """A checkpoint, or a run folder (its newest): weights to start from, taken over by name."""
     device: str = "auto"
     """`auto`: the GPU if there is one, else the CPU."""
     optimizer: Annotated[Any, OPTIMIZERS] = AdamWConfig()
     schedule: Annotated[Any, SCHEDULES] = CosineConfig()
     params: list[ParamRule] = []
     """Freezing, learning rates and decay by name, in order: `[{match: "vision.*", freeze: true}]`."""
+    lora: list[LoraRule] = []
+    """Adapters by module name, in order. Parameters outside adapters are trained as `params` says."""
     clip_norm: Number | None = Field(default=1.0, gt=0)
     """Scale gradients down to this global norm; null: do not."""
+    guard: GuardConfig = GuardConfig()
+    ema: Number = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which evaluation and export then use; 0: none."""
+    blocks: list[Pattern] = [r".*\.(blocks|layers|layer|h|stages)\.\d+"]
+    """Whole names of the repeated modules that are sharded, compiled and recomputed one by one."""
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
+    compile: bool = False
+    """torch.compile, block by block."""
+    deterministic: bool = False
+    """Only deterministic kernels: two runs are equal bit for bit, at some cost on a GPU."""
     log_every: Count = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
     save_every: Count = Field(default=1000, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = Field(default=2, ge=1)
     """Checkpoints that are kept, newest first."""
+    keep_every: Count = Field(default=0, ge=0)
+    """Of the checkpoints, those whose step is a multiple of this are kept for good; 0: none."""
+    async_save: bool = True
+    """Write checkpoints from a copy while training goes on."""
+    best: EarlyStopConfig | None = None
+    """Keep the best checkpoint by a metric too, and stop early."""
+    hang_timeout: Number = Field(default=1800, gt=0)
+    """Seconds without progress after which a run of several processes ends and names the rank that did not come."""
+    profile: tuple[int, int] | None = None
+    """Trace these steps, first and last, with torch's profiler into `profile/`."""
+    trackers: list[Literal["wandb"]] = []
+    """Where metrics go beside metrics.jsonl and TensorBoard. `wandb` needs the extra of that name."""
 
 
 class EvaluationConfig(Section):
@@ -153,8 +231,17 @@ class EvaluationConfig(Section):
     """Test pictures that are captioned for the report."""
 
 
+class StageSettings(Protocol):
+    """What a run says of a stage beside its settings."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def convert(self) -> str | None: ...
+
+
 class Run(Protocol):
-    """The sections that a run is made of; `mm.config.RunConfig` is one."""
+    """The sections that a run, or a stage of one, is made of; `mm.config.RunConfig` is one."""
 
     @property
     def out(self) -> Path: ...
@@ -168,4 +255,7 @@ class Run(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def evaluation(self) -> EvaluationConfig: ...
+    @property
+    def stages(self) -> Sequence[StageSettings]: ...
     def resolved(self) -> dict[str, Any]: ...
+    def stage_runs(self) -> Sequence["Run"]: ...

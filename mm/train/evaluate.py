@@ -1,5 +1,6 @@
-"""What was learned, measured on held-out pictures.
+"""What was learned, measured on held-out data.
 
+- of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
 - caption loss: nats per learned token, against the unigram baseline and the same model with the pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
   log p(caption | other pictures), which takes away that some captions are likely for any picture.
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.data.batch import IGNORE, MODALITIES, MediaBatch, PackedBatch, collate
+from mm.data.batch import IGNORE, MODALITIES, MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.layout import Layout
 from mm.data.loader import one_pass
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
@@ -23,26 +24,27 @@ from mm.data.sample import Media, keyed_rng
 from mm.errors import DataError
 from mm.models.generate import generate
 from mm.models.system import GenerativeSystem
+from mm.train.engines.single import SingleEngine
 
-Autocast = Callable[[], Any]
 UNIGRAM_PACKS = 2000
 
 
 @torch.no_grad()
-def caption_loss(
-    system: GenerativeSystem, batches: Iterable[PackedBatch], autocast: Autocast, shuffled: bool = False
-) -> float:
-    """Mean loss per learned token over all batches. `shuffled`: each picture's pixels go to the next one's place."""
-    total, count = 0.0, 0
-    device = next(system.parameters()).device
+def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch], shuffled: bool = False) -> float:
+    """Mean loss per learned token over the batches of all ranks, which have to be equally many on each.
+
+    `shuffled`: each picture's pixels go to the next one's place.
+    """
+    total = count = 0.0
     for batch in batches:
-        batch = batch.to(device)
+        if engine.world.ranks > 1:
+            batch = with_dummies(batch, layout)
         if shuffled:
             batch = replace(batch, media={name: _swapped(media) for name, media in batch.media.items()})
-        with autocast():
-            output = system(batch)
+        output = engine.forward(batch.to(engine.device))
         total += float(output.losses["next_token"])
         count += int(output.counts["next_token"])
+    total, count = engine.world.sum([total, count])
     return total / max(count, 1)
 
 
@@ -128,11 +130,9 @@ def blocks(dealt: dict[bytes, list[Captioned]], candidates: int) -> Iterator[lis
 
 
 @torch.no_grad()
-def encode_pictures(
-    system: GenerativeSystem, layout: Layout, items: list[Captioned], autocast: Autocast, chunk: int = 64
-) -> Tensor:
-    """[N, T, D] features of the items' pictures."""
-    device = next(system.parameters()).device
+def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned], chunk: int = 64) -> Tensor:
+    """[N, T, D] features of the items' pictures, on every rank."""
+    assert isinstance(engine.system, GenerativeSystem)
     features = []
     for start in range(0, len(items), chunk):
         packs = [
@@ -143,38 +143,42 @@ def encode_pictures(
             )
             for item in items[start : start + chunk]
         ]
-        batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(device)
-        with autocast():
-            found = system.encode("image", batch.media["image"])
+        batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(engine.device)
+        found = engine.call(engine.system.encode, "image", batch.media["image"])
         features.append(found.view(len(packs), -1, found.shape[-1]).float())
     return torch.cat(features)
 
 
 @torch.no_grad()
 def caption_scores(
-    system: GenerativeSystem,
+    engine: SingleEngine,
     items: list[Captioned],
     features: Tensor,
-    autocast: Autocast,
     row_tokens: int = 8192,
     stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """float64 [N, N]: log p(caption j | picture i, prompt). All items must have one prompt. Scored in packed rows."""
-    scores = np.empty((len(items), len(items)))
+    """float64 [N, N]: log p(caption j | picture i, prompt). All items must have one prompt.
+
+    Scored in packed rows; of several ranks each scores its share of them.
+    """
+    assert isinstance(engine.system, GenerativeSystem)
+    rank, ranks = engine.world.rank, engine.world.ranks
+    scores = np.zeros((len(items), len(items)))
     longest = max(len(item.before) + len(item.caption) for item in items)
     chunk = max(1, row_tokens // longest)
     pairs = [(i, j) for i in range(len(items)) for j in range(len(items))]
-    for start in range(0, len(pairs), chunk):
+    for start in range(rank * chunk, -(-len(pairs) // (chunk * ranks)) * chunk * ranks, chunk * ranks):
         stop()
         part = pairs[start : start + chunk]
-        batch = _pair_batch(items, features, part)
-        with autocast():
-            losses = system.token_losses(batch).double()
+        batch = _pair_batch(items, features, part or pairs[:1])  # all ranks have to come as often
+        losses = engine.call(engine.system.token_losses, batch).double()
+        if not part:
+            continue
         segment = (batch.segment_ids[batch.labels != IGNORE] - 1).long()
         sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device).index_add_(0, segment, losses)
         for (i, j), loss in zip(part, sums.tolist(), strict=True):
             scores[i, j] = -loss
-    return scores
+    return np.array(engine.world.sum(scores.flatten().tolist())).reshape(scores.shape)
 
 
 def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int, int]]) -> PackedBatch:
@@ -247,7 +251,7 @@ def _chance_to_win(scores: np.ndarray, candidates: int) -> float:
 
 
 def final_evaluation(
-    system: GenerativeSystem,
+    engine: SingleEngine,
     layout: Layout,
     train: PackedDataset,
     test: PackedDataset,
@@ -257,23 +261,26 @@ def final_evaluation(
     isolate_segments: bool,
     quarantine: bool,
     seed: int,
-    autocast: Autocast,
     stop: Callable[[], None],
 ) -> dict[str, Any]:
-    """Everything that `eval.json` holds. `stop` is called between batches and may raise."""
-    system.eval()
+    """Everything that `eval.json` holds, on every rank. `stop` is called between batches; it may raise, on all alike."""
+    engine.system.eval()
+    rank, ranks = engine.world.rank, engine.world.ranks
 
     def batches() -> Iterable[PackedBatch]:
-        for batch in one_pass(test, layout, micro_batch, isolate_segments, quarantine):
+        for batch in one_pass(test, layout, micro_batch, isolate_segments, quarantine, rank, ranks):
             stop()
             yield batch
 
+    loss = caption_loss(engine, layout, batches())
     result: dict[str, Any] = {
-        "caption_loss": caption_loss(system, batches(), autocast),
         "unigram_loss": unigram_loss(train, test, len(layout.tokenizer)),
-        "shuffled_loss": caption_loss(system, batches(), autocast, shuffled=True),
         "test_tokens": len(learned_tokens(test, range(len(test)))),
     }
+    if not layout.media():
+        engine.system.train()
+        return {"test_loss": loss, "perplexity": math.exp(loss), **result}
+    result |= {"caption_loss": loss, "shuffled_loss": caption_loss(engine, layout, batches(), shuffled=True)}
     if candidates:
         groups = list(blocks(captioned_pictures(test, seed), candidates))
         if not groups:
@@ -284,8 +291,8 @@ def final_evaluation(
         candidates = min(candidates, *(len(items) for items in groups), len(groups[0]))
         plain, calibrated, total = 0.0, 0.0, 0
         for items in groups:
-            features = encode_pictures(system, layout, items, autocast)
-            hits = match(caption_scores(system, items, features, autocast, stop=stop), items, candidates)
+            features = encode_pictures(engine, layout, items)
+            hits = match(caption_scores(engine, items, features, stop=stop), items, candidates)
             plain, calibrated, total = plain + hits[0], calibrated + hits[1], total + len(items)
         result |= {
             "match_accuracy": calibrated / total,
@@ -294,14 +301,14 @@ def final_evaluation(
             "match_chance": 1 / candidates,
             "test_items": total,
         }
-    system.train()
+    engine.system.train()
     return result
 
 
 def caption_samples(
-    system: GenerativeSystem, layout: Layout, test: PackedDataset, count: int, seed: int
+    engine: SingleEngine, layout: Layout, test: PackedDataset, count: int, seed: int
 ) -> list[tuple[dict[str, str], Media]]:
-    """Generated captions of some test pictures, with the true ones."""
+    """Generated captions of some test pictures, with the true ones; all ranks generate the same."""
     groups = captioned_pictures(test, seed)
     shares = {prompt: items[: math.ceil(count / max(1, len(groups)))] for prompt, items in groups.items()}
     found = []
@@ -313,7 +320,7 @@ def caption_samples(
         text = layout.tokenizer.decode(first.before[first.media.position + first.media.length :].tolist())
         prompt = text.removeprefix(layout.template.after_media)
         pictures = [Media("image", item.media.data, item.media.ext) for item in items]
-        written = generate(system, layout, pictures, prompt, max_new_tokens=48)
+        written = engine.call(generate, engine.system, layout, pictures, prompt, max_new_tokens=48)
         for item, picture, caption in zip(items, pictures, written, strict=True):
             true = layout.tokenizer.decode(item.caption.tolist())
             found.append(({"id": item.id, "prompt": prompt.strip(), "true": true, "generated": caption}, picture))

@@ -1,53 +1,43 @@
-"""The loop: the same for every system, readable in one sitting.
+"""The loop: the same for every system, engine and number of processes, readable in one sitting.
 
-A step takes the next R rows of the loader's endless sequence, R = batch_tokens / context_length. The counts of
-loss-bearing terms are summed over the whole step before the first forward pass, and every micro-batch's sum of losses
-is divided by that, so 1 x 8, 2 x 4 and 8 x 1 rows give the same update.
-
-What a run writes: `config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and at the
-end `eval.json`, `samples.json` and `samples/`.
+A run is one stage or several. Each stage builds its model, hands it to the engine, and takes steps over the loader's
+endless sequence of packs; what a step does is `mm.train.step`, what is written where `mm.train.run_folder`. Every
+process runs this same loop; what they have to agree on (counts, a signal, damaged data) is one sum before each step.
 """
 
 import contextlib
 import json
-import math
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
-from mm.data.batch import MODALITIES, PackedBatch
+from mm.data.batch import PackedBatch
 from mm.data.config import Split
-from mm.data.layout import Layout
-from mm.data.loader import PackedLoader, one_pass
-from mm.data.packed import PackedDataset, read_ids
-from mm.data.prepare import open_splits
-from mm.errors import CheckpointError, ConfigError, DataError, MMError
+from mm.data.loader import one_pass
+from mm.errors import ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
 from mm.models.system import GenerativeSystem, System
 from mm.train import checkpoint, evaluate
+from mm.train.accelerators import peak_flops
+from mm.train.blocks import checkpoint_activations, compile_blocks, find_blocks
+from mm.train.checkpoint import Checkpoints
 from mm.train.config import Run
-from mm.train.metrics import MetricsLog, read_metrics
-from mm.train.params import parameter_groups
-
-# What may differ between a run and its continuation. Everything else decides what the numbers are.
-MAY_CHANGE = (
-    "out", "data.workers", "data.cache", "data.remote_cache", "data.skip_ids", "train.max_steps", "train.epochs",
-    "train.optimizer.lr", "train.micro_batch",
-    "train.device", "train.log_every", "train.save_every", "train.keep", "evaluation",
-)  # fmt: skip
-
-# What a run that has not begun to train may have left in its folder.
-RUN_FILES = {
-    ".config.yaml", "config.yaml", ".data.json", "data.json", ".run.json", "run.json", "metrics.jsonl", "tensorboard",
-    "checkpoints",
-}  # fmt: skip
+from mm.train.distributed import RankFailed, World
+from mm.train.ema import EMA
+from mm.train.engines.single import SingleEngine
+from mm.train.guard import Guard
+from mm.train.lora import apply_lora
+from mm.train.metrics import MetricsLog, Throughput, check_trackers
+from mm.train.params import freeze, parameter_groups
+from mm.train.profile import Profiler
+from mm.train.run_folder import RunFolder
+from mm.train.stages import Stage, model_tensors_of, open_stages, take_over, trained_system
+from mm.train.step import Counted, Done, Stepper, count, counted
 
 
 class Watcher(Protocol):
@@ -59,9 +49,27 @@ class Watcher(Protocol):
 
     def step(self, row: dict[str, Any], steps: int) -> None: ...
 
+    def stage(self, name: str) -> None: ...
+
+
+class Unwatched:
+    """Of all ranks but the first."""
+
+    def event(self, text: str) -> None: ...
+
+    def packing(self, what: str, count: int) -> None: ...
+
+    def step(self, row: dict[str, Any], steps: int) -> None: ...
+
+    def stage(self, name: str) -> None: ...
+
 
 class Interrupted(MMError):
-    """Ctrl-C or SIGTERM: the run was saved and can be resumed."""
+    """Ctrl-C or SIGTERM: the run was saved and can be resumed. `signal` says which."""
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 @dataclass(slots=True)
@@ -69,342 +77,479 @@ class Progress:
     """What a run has behind it; saved with every checkpoint."""
 
     step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    """Steps of the stage."""
+    ended: bool = False
+    """The stage ended before its last step: early, or for want of data."""
     tokens: int = 0
     loss_tokens: int = 0
     modalities: dict[str, int] = field(default_factory=dict)
     """Tokens by modality."""
+    skipped: int = 0
+    """Steps without an update, by the guard; their tokens are not counted above."""
+    skipped_tokens: int = 0
+    best: float | None = None
+    """Of `train.best.metric`."""
+    stale: int = 0
+    """Evaluations since then."""
     seconds: float = 0.0
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def make_autocast(precision: str, device: torch.device) -> Callable[[], Any]:
-    if precision == "fp32":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    bad: list[list[str]] = field(default_factory=list)
+    """(id, reason) of what was quarantined while loading."""
 
 
 class Trainer:
-    """One run, in one process.
+    """One run.
 
         Trainer(config, watcher).run(resume=True)
 
-    Raises `MMError`s for what the user can put right, before anything is built wherever possible.
+    In each process of several, as torchrun starts them, or in one. Raises `MMError`s for what the user can put right,
+    before anything is built wherever possible.
     """
 
-    def __init__(self, config: Run, watcher: Watcher) -> None:
+    def __init__(self, config: Run, watcher: Watcher, world: World | None = None) -> None:
         self.config = config
-        self.watcher = watcher
-        self.out = Path(config.out)
-        self.rows = config.train.batch_tokens // config.data.context_length
+        self.world = World.from_environment() if world is None else world
+        self.watcher = watcher if self.world.main else Unwatched()
+        self.folder = RunFolder(Path(config.out))
         self.progress = Progress()
-        self._stop_signal: int | None = None
+        self._signal = 0
+        """The one that came to this process."""
+        self._stopping = 0
+        """The one that came to any process, once all know."""
+
+    @property
+    def out(self) -> Path:
+        return self.folder.path
+
+    @property
+    def system(self) -> System:
+        return self.engine.system
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train to the last step, evaluate, and return what `eval.json` holds.
 
         Raises `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
         """
-        if not getattr(self.config.model, "trains", True):
-            raise ConfigError(f"model.kind {self.config.model.kind} packs and loads data; it has nothing to train")
-        skip = read_ids(self.config.data.skip_ids.expanduser()) if self.config.data.skip_ids else frozenset[str]()
-        newest = self._open_run_folder(resume)
-        layout: Layout = self.config.model.layout()
-        splits = open_splits(self.config.data, layout, self.config.seed, self.watcher.packing)
-        for dataset in splits.values():
-            dataset.drop(skip)
-        self._write_json("data.json", {split: dataset.about for split, dataset in splits.items()})
-        self._build(layout, splits, weights=newest is None)
-        self._write_config()
-        if newest is not None:
-            self._restore(newest)
-        self._write_json("run.json", self._description())
-        with self._signals():
-            if self.progress.step < self.steps:
-                self._train()
-            return self._finish()
-
-    def _open_run_folder(self, resume: bool) -> Path | None:
-        """Refuse a folder with another run in it; returns the newest checkpoint to go on from, if any.
-
-        A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
-        """
-        checkpoints = self.out / "checkpoints"
-        found = checkpoint.complete(checkpoints)
-        if found or read_metrics(self.out / "metrics.jsonl"):
-            if not resume:
-                raise ConfigError(
-                    f"{self.out}: holds a run already; go on with --resume, or choose another with out=DIR"
-                )
-            self._check_same_run(yaml.safe_load((self.out / "config.yaml").read_text()))
-        elif self.out.is_dir() and any(path.name not in RUN_FILES for path in self.out.iterdir()):
-            raise ConfigError(f"{self.out}: is not empty and not a run; choose another folder with out=DIR")
-        self.out.mkdir(parents=True, exist_ok=True)
-        for left in checkpoints.glob(f".{checkpoint.PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        return found[-1] if found else None
-
-    def _write_config(self) -> None:
-        partial = self.out / ".config.yaml"
-        partial.write_text(yaml.safe_dump(self.config.resolved(), sort_keys=False, allow_unicode=True))
-        partial.replace(self.out / "config.yaml")
-
-    def _check_same_run(self, saved: dict[str, Any]) -> None:
-        changed = [
-            key
-            for key in _differences(saved, self.config.resolved())
-            if not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{self.out}: cannot resume with another {', '.join(changed[:4])}; set it back as in "
-                f"{self.out / 'config.yaml'}, or start a new run with out=DIR"
+        train = self.config.train
+        if train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        check_trackers(train.trackers)
+        engine: SingleEngine = train.engine.build(self.world, train)
+        newest, self.stages = self.world.in_turn(lambda: self._prepare(resume, engine.device.type == "cuda"))
+        self.world.start(engine.device, train.hang_timeout, engine.group)
+        try:
+            newest = self.world.gather(newest)[0]
+            self.checkpoints = Checkpoints(
+                self.folder.checkpoints,
+                keep=train.keep,
+                keep_every=train.keep_every,
+                asynchronous=train.async_save,
+                ranks=self.world.ranks,
+                rank=self.world.rank,
             )
+            with self._signals():
+                return self._run(newest)
+        finally:
+            self.world.stop()
 
-    def _build(self, layout: Layout, splits: dict[Split, PackedDataset], weights: bool) -> None:
-        config, train = self.config, self.config.train
-        self.layout, self.splits = layout, splits
-        self.device = resolve_device(train.device)
+    def _prepare(self, resume: bool, pin_memory: bool) -> tuple[Path | None, list[Stage]]:
+        """Everything that is checked and packed before processes meet; rank 0 comes here first."""
+        newest = self.folder.open(self.config, resume) if self.world.main else None
+        return newest, open_stages(self.config, self.world, pin_memory, self.watcher.packing)
+
+    def _run(self, newest: Path | None) -> dict[str, Any]:
+        if self.world.main:
+            data = {stage.name: {split: d.about for split, d in stage.splits.items()} for stage in self.stages}
+            self.folder.write_json("data.json", data if self.config.stages else data[""])
+            self.folder.write_config(self.config)
+        first = 0
+        if newest is not None:
+            reached = Progress(**checkpoint.read_state(newest)["progress"])
+            first = reached.stage + (reached.stage + 1 < len(self.stages) and self._finished(reached))
+        for stage in self.stages[first:]:
+            if self.progress.step:
+                self.engine.close()
+            self._enter(stage, newest)
+            if not self._finished(self.progress):
+                self._train(stage)
+            self.checkpoints.wait()
+            newest = self.folder.checkpoints / f"{checkpoint.PREFIX}{self.progress.step:08d}"
+        try:
+            return self._finish(stage)
+        finally:
+            self.checkpoints.close()
+
+    def _finished(self, progress: Progress) -> bool:
+        """Whether its stage is."""
+        return progress.ended or progress.stage_step >= self.stages[progress.stage].steps
+
+    def _enter(self, stage: Stage, newest: Path | None) -> None:
+        """Build a stage's model and optimizer; fill them from a checkpoint of this stage, or of what it starts from."""
+        config, train = stage.config, stage.config.train
+        self.stage, self.layout, self.splits = stage, stage.layout, stage.splits
+        state = checkpoint.read_state(newest) if newest else None
+        same = state is not None and state["progress"]["stage"] == stage.number
         torch.manual_seed(config.seed)
-        self.watcher.event(f"building {config.model.kind} on {self.device}")
-        self.system: System = config.model.build(weights).to(self.device)
-        groups = parameter_groups(self.system, train.params, train.optimizer.weight_decay)
-        self.optimizer: torch.optim.Optimizer = train.optimizer.build(groups)
-        self.autocast = make_autocast(train.precision, self.device)
-        data = config.data
-        self.loader = PackedLoader(
-            splits["train"],
-            layout,
-            rows=self.rows,
-            micro_batch=train.micro_batch,
-            seed=config.seed,
-            mixture=data.mixture,
-            isolate_segments=data.isolate_segments,
-            workers=data.workers,
-            quarantine=data.max_bad_fraction > 0,
-            decoder=data.decoder,
-            pin_memory=self.device.type == "cuda",
+        self.engine: SingleEngine = train.engine.build(self.world, train)
+        self.world.at(self.progress.step, "building")
+        if stage.name:
+            self.watcher.stage(stage.name)
+        self.watcher.event(
+            f"building {config.model.kind} on {self.engine.device}"
+            + (f", {self.world.ranks} processes, {self.engine.kind}" if self.world.ranks > 1 else "")
         )
-        self._loader_state = self.loader.state_dict()
-        self.steps = self._count_steps()
-        if config.evaluation.every and "validation" not in splits:
-            raise ConfigError(f"evaluation.every: {config.data.packed} has no validation split; set evaluation.every=0")
+        system: System = config.model.build(newest is None and train.init_from is None)
+        if not same:
+            self._initialise(system, stage, newest)
+        rules = [*train.params, *apply_lora(system, train.lora)]
+        freeze(system, rules)
+        blocks = find_blocks(system, train.blocks)
+        checkpoint_activations(system, train.activation_checkpointing, blocks)
+        if train.compile:
+            compile_blocks(blocks)
+        self.engine.prepare(
+            system,
+            lambda prepared: parameter_groups(prepared, rules, train.optimizer.weight_decay),
+            stage.loader.micro_batches,
+        )
+        self.ema = EMA(self.system, train.ema) if train.ema else None
+        self.guard = Guard(train.guard)
+        sources = list(stage.splits["train"].about["ledger"])
+        self.stepper = Stepper(self.engine, stage.layout, self.guard, config.seed, train.clip_norm, sources)
         if config.evaluation.every and not isinstance(self.system, GenerativeSystem):
             raise ConfigError(
                 f"evaluation.every: a {config.model.kind} model has no caption loss; set evaluation.every=0"
             )
-        used = self.rows * config.data.context_length
+        if same:
+            assert newest is not None
+            self._restore(stage, newest)
+            self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
+        if self.world.main:
+            self.folder.write_json("run.json", self._description())
+        used = stage.rows * config.data.context_length
         if used != train.batch_tokens:
             self.watcher.event(
-                f"train.batch_tokens {train.batch_tokens:,} rounded down to {self.rows} rows, {used:,} tokens"
+                f"train.batch_tokens {train.batch_tokens:,} rounded down to {stage.rows} rows, {used:,} tokens"
             )
 
-    def _restore(self, newest: Path) -> None:
-        state = checkpoint.load(newest, self.system, self.optimizer)
+    def _initialise(self, system: System, stage: Stage, newest: Path | None) -> None:
+        """Weights of the stage before, or of `train.init_from`."""
+        if newest is not None:
+            before = trained_system(self.stages[stage.number - 1].config, newest, ema=False)
+            tensors, where = checkpoint.model_tensors(before), str(newest)
+            reached = Progress(**checkpoint.read_state(newest)["progress"])
+            self.progress = replace(reached, stage=stage.number, stage_step=0, ended=False, best=None, stale=0)
+        elif stage.config.train.init_from is not None:
+            found = checkpoint.find(stage.config.train.init_from.expanduser())
+            tensors, where = model_tensors_of(found), str(found)
+        else:
+            return
+        left = take_over(system, tensors, stage.convert, where)
+        self.watcher.event(f"weights from {where}" + (f"; {len(left)} tensors differ: {left[0]}" if left else ""))
+
+    def _restore(self, stage: Stage, folder: Path) -> None:
+        tensors = self.engine.tensors_to_load(set(checkpoint.described(folder)))
+        tensors |= self.ema.tensors() if self.ema else {}
+        state = checkpoint.load(folder, tensors)
+        self.engine.loaded(tensors)
         self.progress = Progress(**state["progress"])
-        self.loader.load_state_dict(state["loader"])
-        self._loader_state = state["loader"]
-        self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
+        stage.loader.load_state_dict(state["loader"])
+        self.guard.load_state_dict(state["guard"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
 
-    def _train(self) -> None:
-        config = self.config.train
-        log = MetricsLog(self.out, self.progress.step)
-        steps = self.loader.steps(self.steps - self.progress.step)
-        timer = _Timer()
+    def _train(self, stage: Stage) -> None:
+        train = stage.config.train
+        log = self._open_log(stage)
+        peak = peak_flops(self.engine.device, train.precision)
+        timer = Throughput(self.engine.device, peak and peak * self.world.ranks)
+        steps = stage.loader.steps(stage.steps - self.progress.stage_step)
         try:
-            while self.progress.step < self.steps:
-                with timer.waiting():
-                    step_batches = [batch.to(self.device) for batch in next(steps)]
-                self._check_bad(step_batches)
-                row = self._step(step_batches)
-                step = self.progress.step = self.progress.step + 1
-                self._loader_state = self.loader.state_dict()
-                timer.add(row["step_tokens"])
-                last = step == self.steps
-                evaluated = self._due(step, self.config.evaluation.every)
-                if evaluated:
+            with Profiler(train.profile, self.out / "profile", self.world.rank) as profiler:
+                while self.progress.stage_step < stage.steps:
                     with timer.excluded():
-                        row["validation_loss"] = self._validation_loss()
-                if last or evaluated or self._due(step, config.log_every):
-                    row = {"step": step, **row, **timer.read()}
-                    self.progress.seconds += row.pop("seconds")
-                    log.write({**row, "elapsed": round(self.progress.seconds, 3)})
-                    self.watcher.step(row, self.steps)
-                stopping = self._stop_signal is not None
-                if last or stopping or self._due(step, config.save_every):
-                    with timer.excluded():
-                        self._save()
-                if stopping and not last:
-                    raise Interrupted(self._resume_hint())
-        except DataError:
-            # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
-            if self.progress.step:
-                self._save()
-            raise
+                        profiler.step(self.progress.step + 1)
+                    with timer.waiting():
+                        batches, error = self._next(steps)
+                    totals = self._agree(stage, batches, error)
+                    if not batches:
+                        self.watcher.event("the data came to its end before the last step")
+                        self.progress.ended = True
+                        self._save(stage)
+                        break
+                    lr = train.optimizer.lr * train.schedule.factor(self.progress.stage_step, stage.steps)
+                    done = self.stepper(batches, totals, self.progress.step, lr)
+                    if not done.verdict.accept and self._skipped(stage, batches, totals, done):
+                        log = self._reopen(log, stage)
+                        steps = stage.loader.steps(stage.steps - self.progress.stage_step)
+                        timer.read()
+                        continue
+                    if done.verdict.accept and self.ema:
+                        self.ema.update()
+                    self._advance(totals, done.verdict.accept)
+                    timer.add(totals.tokens, int(sum(totals.losses.values())))
+                    if self._after(stage, log, timer, totals, done, lr):
+                        break
         finally:
-            log.close()
+            if log is not None:
+                log.close()
 
-    def _step(self, batches: list[PackedBatch]) -> dict[str, Any]:
-        """One optimizer step over the micro-batches of a step; returns what is logged of it."""
-        counts = _totals([self.system.counts(batch) for batch in batches])
-        sums = dict.fromkeys(counts, 0.0)
-        for batch in batches:
-            with self.autocast():
-                output = self.system(batch)
-            terms = [self.system.weights[name] * loss / max(counts[name], 1) for name, loss in output.losses.items()]
-            torch.stack(terms).sum().backward()
-            for name, loss in output.losses.items():
-                sums[name] += float(loss.detach())
-        factor = self.config.train.schedule.factor(self.progress.step, self.steps)
-        peak = self.config.train.optimizer.lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = peak * factor * group["lr_scale"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.config.train.clip_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if not math.isfinite(norm):
-            raise MMError(
-                f"step {self.progress.step + 1}: the gradient is not finite (loss {sums}); lower train.optimizer.lr or "
-                f"see the samples of this step: {batches[0].ids[0][:3]} …; the last checkpoint is untouched"
+    def _after(
+        self, stage: Stage, log: MetricsLog | None, timer: Throughput, totals: Counted, done: Done, lr: float
+    ) -> bool:
+        """Evaluate, log and save what is due after a step; whether the stage ends here."""
+        step, train = self.progress.step, stage.config.train
+        last = self.progress.stage_step == stage.steps
+        evaluated = _due(step, stage.config.evaluation.every)
+        row = self._row(stage, totals, done, lr)
+        best = False
+        if evaluated:
+            with timer.excluded():
+                row["validation_loss"] = self._validation_loss(stage)
+            best = self._is_best(row, stage)
+            self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
+            last = last or self.progress.ended
+        if last or evaluated or _due(step, train.log_every):
+            row |= timer.read()
+            self.progress.seconds += row.pop("seconds")
+            if log is not None:
+                log.write({**row, "elapsed": round(self.progress.seconds, 3)})
+            self.watcher.step(row, step - self.progress.stage_step + stage.steps)
+        if last or self._stopping or best or _due(step, train.save_every):
+            with timer.excluded():
+                self._save(stage, best)
+        if self._stopping and not (last and stage.number + 1 == len(self.stages)):
+            self.checkpoints.wait()
+            raise Interrupted(self._resume_hint(), self._stopping)
+        return last
+
+    def _next(self, steps: Iterator[list[PackedBatch]]) -> tuple[list[PackedBatch], DataError | None]:
+        """The micro-batches of a step; none at the end of the data, or with the reason why they cannot be read."""
+        self.world.at(self.progress.step + 1, "waiting for data")
+        try:
+            return next(steps, []), None
+        except DataError as error:
+            return [], error
+
+    def _agree(self, stage: Stage, batches: list[PackedBatch], error: DataError | None) -> Counted:
+        """The step's counts over all ranks, and whether a rank was told to stop or cannot read its data."""
+        self.world.at(self.progress.step + 1, "counting")
+        bad = [[id, reason] for batch in batches for id, reason in batch.bad]
+        own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
+        own += [float(error is not None), float(len(bad)), *count(self.system, batches, self.stepper.sources)]
+        interrupt, terminate, failed, damaged, *values = self.world.sum(own)
+        if interrupt or terminate:
+            self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
+        if failed:
+            # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
+            self._save_before_leaving(stage)
+            raise error or RankFailed("another rank cannot read its data")
+        if damaged:
+            self._check_bad(stage, [one for rank in self.world.gather(bad) for one in rank])
+        self.world.at(self.progress.step + 1, "computing")
+        return counted(self.system, values, self.stepper.sources)
+
+    def _check_bad(self, stage: Stage, new: list[list[str]]) -> None:
+        """Count what was quarantined while loading, and end the run when it is too much."""
+        self.progress.bad += new
+        if self.world.main:
+            rows = [{"id": id, "reason": reason} for id, reason in self.progress.bad]
+            self.folder.write_json("quarantine.json", rows)
+        seen = {id for id, _ in self.progress.bad}
+        total = sum(counts["segments"] for counts in stage.splits["train"].about["ledger"].values())
+        if len(seen) > stage.config.data.max_bad_fraction * total:
+            self._save_before_leaving(stage)
+            raise DataError(
+                f"{len(seen)} of {total} samples are unreadable, more than data.max_bad_fraction = "
+                f"{stage.config.data.max_bad_fraction:g}; see {self.out / 'quarantine.json'}; the latest: {new[-1][1]}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
-        tokens = sum(batch.tokens for batch in batches)
-        positions = sum(batch.input_ids.numel() for batch in batches)
-        self.progress.tokens += tokens
-        self.progress.loss_tokens += sum(counts.values())
-        for kind, number in MODALITIES.items():
-            found = sum(int(((b.modality == number) & (b.segment_ids > 0)).sum()) for b in batches)
-            self.progress.modalities[kind] = self.progress.modalities.get(kind, 0) + found
-        sources = self.loader.state_dict()["mixture"]["sources"]
-        means = {name: total / max(counts[name], 1) for name, total in sums.items()}
+    def _advance(self, totals: Counted, updated: bool) -> None:
+        progress = self.progress
+        progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
+        if not updated:
+            progress.skipped, progress.skipped_tokens = progress.skipped + 1, progress.skipped_tokens + totals.tokens
+            return
+        progress.tokens += totals.tokens
+        progress.loss_tokens += int(sum(totals.losses.values()))
+        for kind, number in totals.modalities.items():
+            progress.modalities[kind] = progress.modalities.get(kind, 0) + number
+
+    def _skipped(self, stage: Stage, batches: list[PackedBatch], totals: Counted, done: Done) -> bool:
+        """Write down that a step was left out; rewinds when there were too many in a row, and says whether it did."""
+        ids = [row for batch in batches for row in batch.ids]
+        everyone = [row for rank in self.world.gather(ids) for row in rank]
+        rewind = self.guard.should_rewind
+        step = self.progress.step + 1
+        event = self.guard.event(step, done.verdict, done.loss, done.norms.get("total"), everyone)
+        if self.world.main:
+            self.folder.append("guard.jsonl", [{**event, "action": "rewind" if rewind else "skip"}])
+        self.watcher.event(f"step {step}: no update, {done.verdict.reason} (its samples: guard.jsonl)")
+        if rewind:
+            self._rewind(stage)
+        return rewind
+
+    def _rewind(self, stage: Stage) -> None:
+        """Back to the newest checkpoint of this stage, and past the packs of the steps that were skipped just now."""
+        self.checkpoints.wait()
+        newest = self.world.gather(checkpoint.newest(self.folder.checkpoints))[0]
+        usable = newest is not None and checkpoint.read_state(newest)["progress"]["stage"] == stage.number
+        if self.guard.exhausted or not usable:
+            raise MMError(
+                f"step {self.progress.step + 1}: {self.guard.skipped} steps in a row had a loss or gradient far out of "
+                "range, "
+                + (
+                    f"after {self.guard.rewinds} rewinds"
+                    if usable
+                    else "with no checkpoint of this stage to go back to"
+                )
+                + f"; see {self.out / 'guard.jsonl'}: lower train.optimizer.lr, or look at these samples"
+            )
+        assert newest is not None
+        # The sequence stands behind the step that was just handed out; the last ones of it were skipped.
+        end = stage.loader.state_dict()["step"]
+        offending = range(end - self.guard.skipped, end)
+        rewinds = self.guard.rewinds
+        self._restore(stage, newest)
+        self.guard.rewinds = rewinds
+        self.guard.rewind(self.guard.state_dict())
+        stage.loader.pass_over(offending)
+        self.watcher.event(f"rewound to step {self.progress.step}; passing over {len(offending)} steps of data")
+
+    def _open_log(self, stage: Stage) -> MetricsLog | None:
+        if not self.world.main:
+            return None
+        return MetricsLog(self.out, self.progress.step, stage.config.train.trackers, self.config.resolved())
+
+    def _reopen(self, log: MetricsLog | None, stage: Stage) -> MetricsLog | None:
+        if log is not None:
+            log.close()
+        return self._open_log(stage)
+
+    def _row(self, stage: Stage, totals: Counted, done: Done, lr: float) -> dict[str, Any]:
+        """What is logged of a step."""
+        progress = self.progress
+        sources = stage.loader.state_dict()["mixture"]["sources"]
+        scales = {group["lr_scale"] for group in self.engine.optimizer.param_groups}
         return {
-            "loss": sum(self.system.weights[name] * mean for name, mean in means.items()),
-            **({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}),
-            "lr": peak * factor,
-            "grad_norm": norm,
-            "epoch": round(self._epoch(), 4),
-            "tokens": self.progress.tokens,
-            "loss_tokens": self.progress.loss_tokens,
-            **{f"tokens/{kind}": count for kind, count in self.progress.modalities.items() if count},
+            "step": progress.step,
+            **({"stage": stage.number} if len(self.stages) > 1 else {}),
+            "loss": done.loss,
+            **({f"loss/{name}": mean for name, mean in done.losses.items()} if len(done.losses) > 1 else {}),
+            **{f"loss_from/{name}": mean for name, mean in done.sources.items()},
+            "lr": lr,
+            **({f"lr/x{scale:g}": lr * scale for scale in sorted(scales)} if len(scales) > 1 else {}),
+            "grad_norm": done.norms.get("total"),
+            **{f"grad_norm/{part}": norm for part, norm in done.norms.items() if part != "total"},
+            **done.metrics,
+            **({} if done.verdict.accept else {"skipped": True}),
+            "epoch": round(progress.stage_step * stage.rows / stage.packs_per_epoch, 4),
+            "tokens": progress.tokens,
+            "loss_tokens": progress.loss_tokens,
+            **{f"tokens/{kind}": number for kind, number in progress.modalities.items() if number},
             **{f"tokens_from/{name}": one["tokens"] for name, one in sources.items() if len(sources) > 1},
-            "pack_fill": round(tokens / positions, 5),
-            "step_tokens": tokens,
+            "pack_fill": round(totals.tokens / totals.positions, 5),
+            "step_tokens": totals.tokens,
         }
 
-    def _count_steps(self) -> int:
-        """Steps of the run: as set, or so many epochs, and no more than the mixture has packs for."""
-        train, packs = self.config.train, self._packs_per_epoch()
-        steps = train.max_steps or math.ceil((train.epochs or 1) * packs / self.rows)
-        total = self.loader.mixture.total()
-        if total is not None and steps > (most := math.ceil(total / self.rows)):
-            if train.max_steps:
-                raise ConfigError(
-                    f"train.max_steps {steps} takes {steps * self.rows:,} packs, data.mixture ends after {total:,}: "
-                    f"set at most {most} steps, or raise mixture.max_epochs"
-                )
-            return most
-        return steps
-
-    def _packs_per_epoch(self) -> float:
-        train = self.splits["train"]
-        return len(train) / int(train.about["settings"]["visits"])
-
-    def _epoch(self) -> float:
-        """Passes over the packed set, by packs: with weights each source has epochs of its own."""
-        return (self.progress.step + 1) * self.rows / self._packs_per_epoch()
-
-    def _validation_loss(self) -> float:
-        assert isinstance(self.system, GenerativeSystem)
+    def _validation_loss(self, stage: Stage) -> float:
         self.system.eval()
-        batches = self._passes("validation")
-        loss = evaluate.caption_loss(self.system, batches, self.autocast)
+        with self._averaged():
+            loss = evaluate.caption_loss(self.engine, stage.layout, self._pass(stage, "validation"))
         self.system.train()
         return loss
 
-    def _passes(self, split: Split) -> Iterator[PackedBatch]:
-        data = self.config.data
-        rows = self.config.evaluation.micro_batch
+    def _pass(self, stage: Stage, split: Split) -> Iterator[PackedBatch]:
+        data, rows = stage.config.data, stage.config.evaluation.micro_batch
         quarantine = data.max_bad_fraction > 0
-        return one_pass(self.splits[split], self.layout, rows, data.isolate_segments, quarantine)
+        world = self.world
+        for batch in one_pass(
+            stage.splits[split], stage.layout, rows, data.isolate_segments, quarantine, world.rank, world.ranks
+        ):
+            world.at(self.progress.step, "evaluating")
+            yield batch
 
-    def _check_bad(self, batches: list[PackedBatch]) -> None:
-        """Count what was quarantined while loading, and end the run when it is too much."""
-        new = [bad for batch in batches for bad in batch.bad]
-        if not new:
-            return
-        self.progress.bad += new
-        self._write_json("quarantine.json", [{"id": id, "reason": reason} for id, reason in self.progress.bad])
-        seen = {id for id, _ in self.progress.bad}
-        total = sum(counts["segments"] for counts in self.splits["train"].about["ledger"].values())
-        if len(seen) > self.config.data.max_bad_fraction * total:
-            raise DataError(
-                f"{len(seen)} of {total} samples are unreadable, more than data.max_bad_fraction = "
-                f"{self.config.data.max_bad_fraction:g}; see {self.out / 'quarantine.json'}; the latest: {new[-1][1]}"
-            )
+    def _averaged(self) -> Any:
+        return self.ema.swapped() if self.ema else contextlib.nullcontext()
 
-    def _save(self) -> None:
+    def _is_best(self, row: dict[str, Any], stage: Stage) -> bool:
+        best = stage.config.train.best
+        if best is None:
+            return False
+        if best.metric not in row:
+            raise ConfigError(f"train.best.metric {best.metric}: not measured; there is {', '.join(sorted(row))}")
+        value, before = row[best.metric], self.progress.best
+        better = before is None or (value < before if best.better == "lower" else value > before)
+        self.progress.best, self.progress.stale = (value, 0) if better else (before, self.progress.stale + 1)
+        return better
+
+    def _save(self, stage: Stage, best: bool = False) -> None:
+        self.world.at(self.progress.step, "saving")
         state = {
-            "loader": self._loader_state,
-            "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
+            "progress": asdict(self.progress),
+            "loader": stage.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "engine": self.engine.kind,
             "config": self.config.resolved(),
         }
-        folder = self.out / "checkpoints"
-        checkpoint.save(folder, self.progress.step, self.system, self.optimizer, state, self.config.train.keep)
+        tensors = {**self.engine.tensors(), **(self.ema.tensors() if self.ema else {})}
+        self.checkpoints.save(self.progress.step, tensors, state, best)
+        self.world.at(self.progress.step, "saved")
 
-    def _finish(self) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        if "test" in self.splits and isinstance(self.system, GenerativeSystem):
-            settings = self.config.evaluation
-            about = {
-                "step": self.progress.step,
-                "seed": self.config.seed,
-                "evaluation": settings.model_dump(mode="json"),
-            }
-            if (self.out / "eval.json").exists():
-                saved: dict[str, Any] = json.loads((self.out / "eval.json").read_text())
-                if about.items() <= saved.items():
-                    self.watcher.event(f"{self.out} is complete: nothing is left to do")
-                    return saved
-            self.watcher.event("evaluating on the test split")
+    def _save_before_leaving(self, stage: Stage) -> None:
+        if self.progress.stage_step:
+            self._save(stage)
+            self.checkpoints.wait()
+
+    def _finish(self, stage: Stage) -> dict[str, Any]:
+        """Evaluate on the test split."""
+        if "test" not in stage.splits or not isinstance(self.system, GenerativeSystem):
+            return {}
+        config, settings = stage.config, stage.config.evaluation
+        about = {"step": self.progress.step, "seed": config.seed, "evaluation": settings.model_dump(mode="json")}
+        saved = self.world.gather(self._saved_evaluation(about))[0]
+        if saved is not None:
+            self.watcher.event(f"{self.out} is complete: nothing is left to do")
+            return saved
+        self.watcher.event("evaluating on the test split")
+        with self._averaged():
             result = evaluate.final_evaluation(
-                self.system,
-                self.layout,
-                self.splits["train"],
-                self.splits["test"],
+                self.engine,
+                stage.layout,
+                stage.splits["train"],
+                stage.splits["test"],
                 micro_batch=settings.micro_batch,
                 candidates=settings.candidates,
-                isolate_segments=self.config.data.isolate_segments,
-                quarantine=self.config.data.max_bad_fraction > 0,
-                seed=self.config.seed,
-                autocast=self.autocast,
+                isolate_segments=config.data.isolate_segments,
+                quarantine=config.data.max_bad_fraction > 0,
+                seed=config.seed,
                 stop=self._raise_if_stopped,
             )
-            self._write_samples(settings.samples)
-            result = {**about, **result}
-            self._write_json("eval.json", result)
+            self._write_samples(stage, settings.samples)
+        result = {**about, **result}
+        if self.world.main:
+            self.folder.write_json("eval.json", result)
         return result
 
-    def _write_samples(self, count: int) -> None:
-        assert isinstance(self.system, GenerativeSystem)
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
+    def _saved_evaluation(self, about: dict[str, Any]) -> dict[str, Any] | None:
+        if not self.world.main or not (self.out / "eval.json").exists():
+            return None
+        saved: dict[str, Any] = json.loads((self.out / "eval.json").read_text())
+        return saved if about.items() <= saved.items() else None
+
+    def _write_samples(self, stage: Stage, count: int) -> None:
         rows = []
-        found = evaluate.caption_samples(self.system, self.layout, self.splits["test"], count, self.config.seed)
+        found = evaluate.caption_samples(self.engine, stage.layout, stage.splits["test"], count, stage.config.seed)
+        if not self.world.main or not found:
+            return
+        (self.out / "samples").mkdir(exist_ok=True)
         for number, (sample, picture) in enumerate(found):
             name = f"samples/{number:04d}.{picture.ext}"
             (self.out / name).write_bytes(picture.read())
             rows.append({**sample, "image": name})
-        self._write_json("samples.json", rows)
+        self.folder.write_json("samples.json", rows)
 
     def _description(self) -> dict[str, Any]:
         parts = {
@@ -417,35 +562,34 @@ class Trainer:
         return {
             "versions": checkpoint.versions(),
             "parameters": parts,
-            "device": str(self.device),
-            "attention": choose_implementation(self.device),
+            "device": str(self.engine.device),
+            "engine": self.engine.kind,
+            "ranks": self.world.ranks,
+            "attention": choose_implementation(self.engine.device),
             "threads": torch.get_num_threads(),
-            "steps": self.steps,
-            "rows": self.rows,
+            "steps": self.progress.step - self.progress.stage_step + self.stage.steps,
+            "rows": self.stage.rows,
             "date": time.strftime("%Y-%m-%d"),
         }
 
-    def _write_json(self, name: str, value: Any) -> None:
-        partial = self.out / f".{name}"
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(self.out / name)
-
-    def _due(self, step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
-
     def _resume_hint(self) -> str:
-        return f"stopped after step {self.progress.step} of {self.steps}, all saved in {self.out}; go on with --resume"
+        steps = self.progress.step - self.progress.stage_step + self.stage.steps
+        return f"stopped after step {self.progress.step} of {steps}, all saved in {self.out}; go on with --resume"
 
     def _raise_if_stopped(self) -> None:
-        if self._stop_signal is not None:
-            raise Interrupted(self._resume_hint())
+        """Of the evaluation at the end: on one rank a signal may have come, and all have to leave together."""
+        self.world.at(self.progress.step, "evaluating")
+        own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
+        interrupt, terminate = self.world.sum(own)
+        if interrupt or terminate:
+            raise Interrupted(self._resume_hint(), signal.SIGINT if interrupt else signal.SIGTERM)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM lets the step end and saves; a second one ends at once."""
 
         def note(number: int, frame: Any) -> None:
-            self._stop_signal = number
+            self._signal = number
             self.watcher.event("stopping after this step; again to stop at once")
             signal.signal(number, before[number])
 
@@ -460,55 +604,5 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-class _Timer:
-    """Tokens per second and the share of time spent waiting for data, since they were last read."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._waited, self._excluded, self._tokens = time.perf_counter(), 0.0, 0.0, 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._excluded += time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._start - self._excluded, 1e-9)
-        row = {
-            "tokens_per_second": round(self._tokens / seconds, 1),
-            "data_wait": round(self._waited / seconds, 5),
-            "seconds": seconds,
-        }
-        self._reset()
-        return row
-
-
-def _totals(counts: list[dict[str, Any]]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for one in counts:
-        for name, count in one.items():
-            totals[name] = totals.get(name, 0) + int(count)
-    return totals
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Dotted keys at which two resolved configs differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            key
-            for name in sorted({*a, *b})
-            for key in _differences(a.get(name), b.get(name), f"{path}.{name}".strip("."))
-        ]
-    return [] if a == b else [path]
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -277,6 +277,18 @@ def test_texts_from_members_and_fields(
     assert [one and one[0].parts for one in found] == [[], [], [], (Text("other"),), []]
 
 
+def test_a_text_file_is_one_sample(tmp_path: Path, samples_in: Callable[..., Any]) -> None:
+    text = "# Kapitel\n\nEin 傘.\n"
+    (tmp_path / "a.b.md").write_text(text)
+    sample = only(samples_in(tmp_path / "a.b.md", {"kind": "text"}, LIMITS))
+    assert (sample.id, sample.parts) == ("s/a.b/0", (Text(text),))
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    (error,) = samples_in(tmp_path / "c.txt", {"kind": "text"}, LIMITS)
+    assert "s/c/0" in str(error) and "not UTF-8" in str(error)
+    (error,) = samples_in(tmp_path / "a.b.md", {"kind": "text"}, Limits(json_bytes=5))
+    assert "over data.max_json_bytes" in str(error)
+
+
 def test_all_of_a_text_is_bounded_and_checked(
     tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], picture: Callable[..., bytes]
 ) -> None:

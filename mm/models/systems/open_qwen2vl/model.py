@@ -6,11 +6,10 @@ Source: arXiv 2504.00595 section 2.2; github Victorwz/Open-Qwen2VL, `prismatic/m
 
 from torch import Tensor
 
-from mm.data.batch import IGNORE, MediaBatch, PackedBatch
+from mm.data.batch import MediaBatch
 from mm.data.tokenizer import Tokenizer
 from mm.errors import ConfigError
 from mm.models import backbone
-from mm.models.objectives import next_token_losses
 from mm.models.system import GenerativeSystem
 from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
 from mm.models.vision import VisionTower
@@ -36,25 +35,3 @@ class OpenQwen2VL(GenerativeSystem):
     def encode(self, medium: str, media: MediaBatch) -> Tensor:
         assert medium == "image"
         return self.connector(self.vision(media.stacked())).flatten(0, 1)
-
-    def embed(self, batch: PackedBatch) -> Tensor:
-        embeddings = self.language.get_input_embeddings()(batch.input_ids)
-        for medium, media in batch.media.items():
-            features = self.encode(medium, media) if media.features is None else media.features
-            flat = embeddings.flatten(0, 1)
-            slots = media.slots(embeddings.shape[1])
-            embeddings = flat.index_put((slots,), features.to(flat.dtype)).view_as(embeddings)
-        return embeddings
-
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        targets = batch.labels.flatten()
-        keep = (targets != IGNORE).nonzero()[:, 0]
-        logits = backbone.run(
-            self.language,
-            self.embed(batch),
-            batch.segment_ids,
-            batch.position_ids,
-            keep,
-            batch.isolate_segments,
-        )
-        return next_token_losses(logits, targets[keep])

@@ -1,0 +1,82 @@
+"""The `train.engine:` section. No torch here."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from mm.settings import Count, Kinds, KindSection, Section
+
+if TYPE_CHECKING:
+    from mm.train.distributed import World
+    from mm.train.engines.single import SingleEngine
+
+
+class SingleConfig(KindSection):
+    """One process."""
+
+    kind: str = "single"
+
+    def build(self, world: "World", train: Any) -> "SingleEngine":
+        from mm.train.engines.single import SingleEngine
+
+        return SingleEngine(world, train)
+
+
+class PrecisionRule(Section):
+    """The precision that the weights of modules whose whole name matches are gathered and used in."""
+
+    match: str
+    """A regular expression for whole names of sharded modules, such as `vision.*`."""
+    weights: Literal["fp32", "bf16"]
+
+
+class FSDPConfig(KindSection):
+    """torch FSDP2 (`fully_shard`): weights, gradients and optimizer state in parts, gathered block by block."""
+
+    kind: str = "fsdp"
+    shard_size: Count | None = Field(default=None, ge=1)
+    """Ranks that hold one copy of the weights between them: all of them by default (full sharding); fewer is hybrid
+    sharding, such as the 8 GPUs of a node; 1 keeps whole copies and only reduces gradients."""
+    units: list[str] = [r"[^.]*(vision|audio|video|connector|resampler|projector)[^.]*"]
+    """Whole names of modules that are gathered as one beside the blocks of `train.blocks`. What neither names is kept
+    together as the outermost unit: embeddings and head of the language model."""
+    precision: list[PrecisionRule] = []
+    """Precision of gathered weights by unit, in order, over `train.precision`. Sharded weights are always float32."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after the forward pass and gather them again in the backward pass."""
+    cpu_offload: bool = False
+    """Keep shards and optimizer state in host memory."""
+
+    def build(self, world: "World", train: Any) -> "SingleEngine":
+        from mm.train.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(world, train)
+
+
+class DeepSpeedConfig(KindSection):
+    """DeepSpeed ZeRO."""
+
+    kind: str = "deepspeed"
+    stage: Literal[0, 1, 2, 3] = 2
+    """What is in parts: 1 the optimizer state, 2 also gradients, 3 also weights; 0 nothing."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory (stages 1 to 3)."""
+    raw: dict[str, Any] = {}
+    """Settings of DeepSpeed's own config, merged over the generated one. What other settings here decide, such as batch
+    sizes, optimizer and precision, may not be among them."""
+
+    def build(self, world: "World", train: Any) -> "SingleEngine":
+        from mm.train.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(world, train)
+
+
+ENGINES = Kinds(
+    "engine",
+    {
+        "single": "mm.train.engines.config:SingleConfig",
+        "fsdp": "mm.train.engines.config:FSDPConfig",
+        "deepspeed": "mm.train.engines.config:DeepSpeedConfig",
+    },
+    default="single",
+)

@@ -1,0 +1,166 @@
+"""The packs that stand for a training set where not all can be looked at: a cross-section, and the worst of them.
+
+Where nothing is packed yet, there is one that stands for all: the fullest pack that the budgets allow.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mm.data.batch import MODALITIES, MediaBatch, PackedBatch, collate, decoded_shape
+from mm.data.config import DataConfig
+from mm.data.layout import Layout
+from mm.data.loader import source_infos
+from mm.data.mixture import Draw, Mixture
+from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
+from mm.data.prepare import find_packed
+from mm.errors import DataError
+from mm.train.config import Run, TrainConfig
+
+SAMPLE = 32
+"""Packs of a cross-section, evenly spaced by cost among those that are drawn."""
+DRAWS = 10_000
+
+
+class Packs:
+    """The packs of a training set; where nothing is packed yet, the one fullest pack that the budgets allow.
+
+    tokens: means of a row, by modality, `loss` and `padding`. sample: packs that stand for all.
+    """
+
+    def __init__(
+        self, layout: Layout, data: DataConfig, dataset: PackedDataset | None = None, mixture: Mixture | None = None
+    ) -> None:
+        self.layout, self.data, self.dataset, self.mixture = layout, data, dataset, mixture
+        if dataset is None or mixture is None:
+            self.origin = "budgets"
+            self.sample = [fullest_pack(layout, data)]
+            counts = _counts(self.sample[0], layout)
+        else:
+            self.origin = str(dataset.folder)
+            self.limit = mixture.total()
+            drawn = np.array([draw.pack for draw in _draws(mixture, min(DRAWS, len(dataset)))])
+            columns = {name: dataset.index[name].to_numpy() for name in ("tokens", "loss_tokens")}
+            self._by_cost = (dataset.encoder_costs(), columns["loss_tokens"])
+            counts = {
+                "tokens": columns["tokens"][drawn].mean(),
+                "loss": columns["loss_tokens"][drawn].mean(),
+                **{kind: dataset.index[f"{kind}_tokens"].to_numpy()[drawn].mean() for kind in layout.media()},
+            }
+            order = drawn[np.lexsort((columns["tokens"][drawn], self._by_cost[0][drawn]))]
+            count = min(SAMPLE, len(order))
+            self.sample = [self._read(int(order[int((n + 0.5) * len(order) / count)])) for n in range(count)]
+        tokens = counts.pop("tokens")
+        text = tokens - sum(counts[kind] for kind in layout.media())
+        self.tokens = {"text": text, **counts, "padding": data.context_length - tokens}
+
+    @classmethod
+    def of(cls, config: Run, layout: Layout) -> "Packs":
+        try:
+            folder = find_packed(config.data, "train", layout, config.seed)
+        except (DataError, OSError):
+            if config.data.packed is not None:
+                raise
+            folder = None  # the shards may be on another machine
+        if folder is None:
+            return cls(layout, config.data)
+        dataset = PackedDataset(folder)
+        dataset.require(layout, config.data.context_length, {name: most for name, most in config.data.budgets.items()})
+        return cls(layout, config.data, dataset, Mixture(source_infos(dataset), config.data.mixture, config.seed))
+
+    def _read(self, number: int) -> Pack:
+        assert self.dataset is not None
+        return self.dataset.kept(number, self.layout.pad)
+
+    def steps(self, train: TrainConfig, rows: int) -> int | None:
+        """Of the run; None where that depends on packs that are not there yet."""
+        if self.dataset is None:
+            return train.max_steps
+        an_epoch = len(self.dataset) / int(self.dataset.about["settings"]["visits"])
+        steps = train.max_steps or math.ceil((train.epochs or 1) * an_epoch / rows)
+        return steps if self.limit is None else min(steps, math.ceil(self.limit / rows))
+
+    def worst(self, rows: int) -> list[list[Pack]]:
+        """Rows that one micro-batch may hold at worst: with the most for encoders, and with the most to learn."""
+        if self.dataset is None:
+            return [self.sample * rows]
+        costs, learned = self._by_cost
+        orders = {tuple(np.lexsort(keys)[::-1][:rows].tolist()) for keys in ((learned, costs), (costs, learned))}
+        return [[self._read(number) for number in order] for order in sorted(orders)]
+
+    def batch(self, packs: list[Pack]) -> PackedBatch:
+        """As the loader would make it, but with media on the meta device, never decoded."""
+        length, isolate = self.data.context_length, self.data.isolate_segments
+        bare = [Pack(pack.tokens, pack.segments, ()) for pack in packs]
+        batch = collate(bare, self.layout, length, isolate)
+        found: dict[str, list[tuple[int, PackedMedia]]] = {}
+        for row, pack in enumerate(packs):
+            for one in pack.media:
+                found.setdefault(one.kind, []).append((row, one))
+                batch.modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
+        for kind, items in found.items():
+            shapes = [decoded_shape(one, self.layout, packs[row].segments[one.segment].id) for row, one in items]
+            offsets = torch.tensor([0, *np.cumsum([math.prod(shape) for shape in shapes])])
+            batch.media[kind] = MediaBatch(
+                values=torch.empty(int(offsets[-1]), device="meta"),
+                shapes=torch.tensor(shapes),
+                offsets=offsets,
+                row=torch.tensor([row for row, _ in items]),
+                position=torch.tensor([one.position for _, one in items]),
+                length=torch.tensor([one.length for _, one in items]),
+                cost=torch.tensor([one.cost for _, one in items]),
+            )
+        return batch
+
+    def describe(self, packs: list[Pack]) -> dict[str, int]:
+        """Sums over the packs of a micro-batch."""
+        counts = [_counts(pack, self.layout) for pack in packs]
+        items = {f"{kind}_items": sum(m.kind == kind for p in packs for m in p.media) for kind in self.layout.media()}
+        return {"rows": len(packs), **{name: int(sum(one[name] for one in counts)) for name in counts[0]}, **items}
+
+
+def _draws(mixture: Mixture, count: int) -> Iterator[Draw]:
+    mixture.start_step(0)
+    for _ in range(count):
+        if (draw := mixture.next()) is not None:
+            yield draw
+
+
+def _counts(pack: Pack, layout: Layout) -> dict[str, float]:
+    return {
+        "tokens": len(pack.tokens),
+        "loss": sum(stop - max(start, segment.start + 1) for segment in pack.segments for start, stop in segment.loss),
+        **{kind: sum(one.length for one in pack.media if one.kind == kind) for kind in layout.media()},
+    }
+
+
+def fullest_pack(layout: Layout, data: DataConfig) -> Pack:
+    """One document that fills a row: as many media as positions and budgets allow, the rest learned text."""
+    length = data.context_length
+    media: list[PackedMedia] = []
+    at, samples = 1, 0
+    for kind in layout.media():
+        budget: dict[str, int] = {name: most for name, most in data.budgets.items()}
+        _, positions, cost = layout.smallest(kind)
+        room = length - 1 - at
+        if kind == "audio":  # one recording as long as may be
+            assert layout.audio is not None
+            positions = min(room, budget.get("audio_tokens", room), budget.get("audio_cost", room))
+            samples = positions * layout.audio.hop
+            _, cost = layout.audio.count(samples)
+        most = [
+            room // max(positions, 1),
+            budget.get(kind, room),
+            budget.get(f"{kind}_tokens", length) // max(positions, 1),
+            budget.get(f"{kind}_cost", cost * room) // max(cost, 1),
+        ]
+        for _ in range(min(most)):
+            frames = layout.video.frames if layout.video else 0
+            plan: Any = {"audio": {"samples": samples}, "video": {"times": [0.0] * frames}}.get(kind, {})
+            media.append(PackedMedia(kind, 0, at, positions, cost, "", b"", plan))
+            at += positions
+    tokens = np.zeros(length, dtype=np.int32)
+    return Pack(tokens, (PackedSegment("fullest", "budgets", 0, length, ((at, length),)),), tuple(media))

@@ -1,0 +1,106 @@
+"""The folder of a run: what may be in it, and whether it may be gone on with.
+
+`config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `guard.jsonl`, `tensorboard/`, `checkpoints/`, and at the end
+`eval.json`, `samples.json` and `samples/`. Rank 0 writes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm.errors import CheckpointError, ConfigError
+from mm.files import atomic
+from mm.train import checkpoint
+from mm.train.config import Run
+from mm.train.metrics import read_metrics
+
+# What may differ between a run and its continuation. Everything else decides what the numbers are.
+MAY_CHANGE = (
+    "out", "data.workers", "data.cache", "data.remote_cache", "data.skip_ids", "train.max_steps", "train.epochs",
+    "train.optimizer.lr", "train.micro_batch", "train.engine", "train.blocks", "train.activation_checkpointing",
+    "train.compile", "train.device", "train.log_every", "train.save_every", "train.keep", "train.keep_every",
+    "train.async_save", "train.hang_timeout", "train.profile", "train.trackers", "evaluation",
+)  # fmt: skip
+
+# What a run that has not begun to train may have left in its folder.
+FILES = {
+    "config.yaml", "data.json", "run.json", "metrics.jsonl", "guard.jsonl", "tensorboard", "checkpoints",
+    "profile", "wandb",
+}  # fmt: skip
+
+
+class RunFolder:
+    """See the module."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def open(self, config: Run, resume: bool) -> Path | None:
+        """Refuse a folder with another run in it; returns the newest checkpoint to go on from, if any.
+
+        A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
+        """
+        newest = checkpoint.newest(self.checkpoints)
+        if newest or read_metrics(self.path / "metrics.jsonl"):
+            if not resume:
+                raise ConfigError(
+                    f"{self.path}: holds a run already; go on with --resume, or choose another with out=DIR"
+                )
+            self._check_same_run(config)
+        elif self.path.is_dir() and any(path.name.removeprefix(".") not in FILES for path in self.path.iterdir()):
+            raise ConfigError(f"{self.path}: is not empty and not a run; choose another folder with out=DIR")
+        self.path.mkdir(parents=True, exist_ok=True)
+        return newest
+
+    def _check_same_run(self, config: Run) -> None:
+        saved = yaml.safe_load((self.path / "config.yaml").read_text())
+        changed = [
+            key for key in _differences(saved, config.resolved()) if not any(_within(key, may) for may in MAY_CHANGE)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: cannot resume with another {', '.join(changed[:4])}; set it back as in "
+                f"{self.path / 'config.yaml'}, or start a new run with out=DIR"
+            )
+
+    def write_config(self, config: Run) -> None:
+        text = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+        self._write("config.yaml", text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self._write(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Add lines of JSON."""
+        with open(self.path / name, "a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic(self.path / name) as file:
+            file.write(text.encode())
+
+
+def _within(key: str, may: str) -> bool:
+    """Whether a dotted key is `may` or below it, in the run's settings or a stage's."""
+    parts = key.split(".")
+    if parts[0] == "stages":
+        parts = parts[2:]
+    wanted = may.split(".")
+    return parts[: len(wanted)] == wanted
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted keys at which two resolved configs differ."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and path == "stages":
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            key
+            for name in sorted({*a, *b})
+            for key in _differences(a.get(name), b.get(name), f"{path}.{name}".strip("."))
+        ]
+    return [] if a == b else [path]

@@ -1,0 +1,189 @@
+"""Stages: the parts of a run, each with its own data, freezing, schedule and length. A plain run is one stage.
+
+A stage starts from the weights that the one before ended with, read from its last checkpoint, so that going from stage
+to stage and resuming are the same thing.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm.data.config import Split
+from mm.data.layout import Layout
+from mm.data.loader import PackedLoader
+from mm.data.packed import PackedDataset, read_ids
+from mm.data.prepare import open_splits
+from mm.errors import CheckpointError, ConfigError
+from mm.models.system import System
+from mm.train import checkpoint
+from mm.train.config import Run
+from mm.train.distributed import World
+from mm.train.lora import apply_lora, merge_lora
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage with its data opened."""
+
+    number: int
+    name: str
+    """Empty in a run that has no stages."""
+    config: Run
+    convert: str | None
+    layout: Layout
+    splits: dict[Split, PackedDataset]
+    loader: PackedLoader
+    steps: int
+    packs_per_epoch: float
+
+    @property
+    def rows(self) -> int:
+        """Packs in a step."""
+        return self.loader.rows
+
+
+def open_stages(config: Run, world: World, pin_memory: bool, progress: Callable[[str, int], None]) -> list[Stage]:
+    """Check, pack and open the data of all stages."""
+    runs = config.stage_runs()
+    names = [(stage.name, stage.convert) for stage in config.stages] or [("", None)]
+    return [
+        _open(number, name, convert, run, world, pin_memory, progress)
+        for number, (run, (name, convert)) in enumerate(zip(runs, names, strict=True))
+    ]
+
+
+def _open(
+    number: int,
+    name: str,
+    convert: str | None,
+    config: Run,
+    world: World,
+    pin_memory: bool,
+    progress: Callable[[str, int], None],
+) -> Stage:
+    if not getattr(config.model, "trains", True):
+        raise ConfigError(f"model.kind {config.model.kind} packs and loads data; it has nothing to train")
+    data, train = config.data, config.train
+    skip = read_ids(data.skip_ids.expanduser()) if data.skip_ids else frozenset[str]()
+    layout: Layout = config.model.layout()
+    splits = open_splits(data, layout, config.seed, progress)
+    for dataset in splits.values():
+        dataset.drop(skip)
+    if config.evaluation.every and "validation" not in splits:
+        raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
+    loader = PackedLoader(
+        splits["train"],
+        layout,
+        rows=train.batch_tokens // data.context_length,
+        micro_batch=train.micro_batch,
+        seed=config.seed,
+        mixture=data.mixture,
+        rank=world.rank,
+        ranks=world.ranks,
+        isolate_segments=data.isolate_segments,
+        workers=data.workers,
+        quarantine=data.max_bad_fraction > 0,
+        decoder=data.decoder,
+        pin_memory=pin_memory,
+    )
+    packs = len(splits["train"]) / int(splits["train"].about["settings"]["visits"])
+    steps = _steps(config, loader, packs)
+    return Stage(number, name, config, convert, layout, splits, loader, steps, packs)
+
+
+def _steps(config: Run, loader: PackedLoader, packs_per_epoch: float) -> int:
+    """As set, or so many epochs, and no more than the mixture has packs for."""
+    train = config.train
+    steps = train.max_steps or math.ceil((train.epochs or 1) * packs_per_epoch / loader.rows)
+    total = loader.mixture.total()
+    if total is not None and steps > (most := math.ceil(total / loader.rows)):
+        if train.max_steps:
+            raise ConfigError(
+                f"train.max_steps {steps} takes {steps * loader.rows:,} packs, data.mixture ends after {total:,}: "
+                f"set at most {most} steps, or raise mixture.max_epochs"
+            )
+        return most
+    return steps
+
+
+def trained_system(config: Run, folder: Path, ema: bool = True) -> System:
+    """The model of a checkpoint, on the CPU and whole, with adapters merged; `config` is that of its stage.
+
+    `ema`: with the averaged weights, where the run keeps them.
+    """
+    system = config.model.build(weights=False)
+    apply_lora(system, config.train.lora)
+    checkpoint.load(folder, {f"model.{name}": t.detach() for name, t in checkpoint.model_tensors(system).items()})
+    if ema and config.train.ema:
+        averages = {f"ema.{name}": p.detach() for name, p in system.named_parameters()}
+        saved = checkpoint.described(folder)
+        checkpoint.load(folder, {name: tensor for name, tensor in averages.items() if name in saved})
+    if config.train.lora:
+        merge_lora(system)
+    return system
+
+
+def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, where: str) -> list[str]:
+    """Load tensors of another model into this one, by name; returns what was not taken over, for people to read.
+
+    Position embeddings of vision towers are resampled when their number differs. Raises `CheckpointError` for any
+    other difference in shape, and `ConfigError` when `convert` cannot be imported.
+    """
+    if convert is not None:
+        tensors = _function(convert)(tensors, system)
+    own = checkpoint.model_tensors(system)
+    taken: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        found = tensors.get(name)
+        if found is None:
+            continue
+        if found.shape != tensor.shape:
+            found = _resampled(system, name, found, tensor, where)
+        taken[name] = found
+    with torch.no_grad():
+        for name, tensor in taken.items():
+            own[name].copy_(tensor)
+    return [
+        *(f"{name} starts anew: not in {where}" for name in own if name not in taken),
+        *(f"{name} of {where} has no place in this model" for name in tensors if name not in own),
+    ]
+
+
+def _resampled(system: nn.Module, name: str, old: Tensor, new: Tensor, where: str) -> Tensor:
+    if name.endswith("pos_embed") and old.ndim == 3 and new.ndim == 3 and old.shape[2] == new.shape[2]:
+        from timm.layers import resample_abs_pos_embed
+
+        side, before = math.isqrt(new.shape[1]), math.isqrt(old.shape[1])
+        if side**2 == new.shape[1] and before**2 == old.shape[1]:
+            return resample_abs_pos_embed(old, [side, side], [before, before], num_prefix_tokens=0)
+    raise CheckpointError(
+        f"{where}: {name} is {list(old.shape)}, this model's {list(new.shape)}; a stage's `convert` can change it"
+    )
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"stages.convert {path!r} cannot be imported ({error}); expected package.module:function"
+        ) from None
+
+
+def model_tensors_of(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint of any model, whole, on the CPU."""
+    saved = checkpoint.open_reader(folder).tensors
+    tensors = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in saved.items()
+        if name.startswith("model.")
+    }
+    checkpoint.load(folder, tensors)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}

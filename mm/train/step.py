@@ -1,0 +1,286 @@
+"""One optimizer step: the same for every system, engine and number of ranks.
+
+The counts of loss-bearing terms are summed over micro-batches and ranks before the first forward pass, and every sum of
+losses is divided by that; gradients are summed. So 1 x 8, 2 x 4 and 8 x 1 rows, on any number of ranks, give the same
+update. Numbers come back from the device once a step, just before the update, because the guard decides by them.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.data.batch import MODALITIES, PackedBatch, with_dummies
+from mm.data.layout import Layout
+from mm.errors import ConfigError
+from mm.models.system import PooledSystem, System
+from mm.train.engines.single import SingleEngine
+from mm.train.guard import Guard, Verdict
+
+
+@runtime_checkable
+class ExtraPass(Protocol):
+    """An optimizer that needs gradients of another objective now and then, such as one on labels that the model draws.
+
+    After the update of a step for which `due` is true, and that the guard did not skip, the step's micro-batches run
+    again: the sum of their `extra_loss`es is divided by the sum of their `extra_count`s, over all ranks, and
+    `take_extra` finds its gradient in `.grad` of the parameters, and the count.
+    """
+
+    def due(self, step: int) -> bool: ...
+
+    def extra_count(self, system: System, batch: PackedBatch) -> float:
+        """Of a batch in host memory."""
+        ...
+
+    def extra_loss(self, system: System, batch: PackedBatch, generators: list[torch.Generator]) -> Tensor:
+        """A sum of losses. There is a generator for each row, keyed by its samples and not by rank or micro-batch: what
+        is drawn from them is the same however the step is split."""
+        ...
+
+    def take_extra(self, count: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Counted:
+    """Numbers of a step that are known before it runs, from batches in host memory; summed over ranks."""
+
+    losses: dict[str, float]
+    """N_k by objective."""
+    modalities: dict[str, int]
+    """Tokens by modality, without padding."""
+    sources: dict[str, int]
+    """Loss-bearing tokens by source."""
+    positions: int
+    """Padding included."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.modalities.values())
+
+
+@dataclass(slots=True)
+class Done:
+    """What a step gave; the same on all ranks."""
+
+    loss: float
+    verdict: Verdict
+    losses: dict[str, float] = field(default_factory=dict)
+    """Means by objective."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Mean loss of the first objective by source."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of gradients before clipping, by part, and `total`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the system: means over micro-batches and ranks."""
+
+
+def count(system: System, batches: list[PackedBatch], sources: list[str]) -> list[float]:
+    """What `counted` reads, of this rank: a flat list, so that one sum over ranks does for all of it."""
+    by_objective = {name: 0.0 for name in system.weights}
+    modalities = torch.zeros(len(MODALITIES), dtype=torch.int64)
+    by_source = torch.zeros(len(sources), dtype=torch.int64)
+    for batch in batches:
+        for name, number in system.counts(batch).items():
+            by_objective[name] += float(number)
+        modalities += torch.bincount(batch.modality[batch.segment_ids > 0], minlength=len(MODALITIES))
+        if len(sources) > 1:
+            learned = (batch.labels >= 0).sum(1)
+            by_source.index_add_(0, _numbers(batch, sources), learned)
+    positions = sum(batch.input_ids.numel() for batch in batches)
+    return [*by_objective.values(), *modalities.tolist(), *by_source.tolist(), positions]
+
+
+def counted(system: System, values: list[float], sources: list[str]) -> Counted:
+    """The sums over ranks of what `count` gave, by name."""
+    left = iter(values)
+    losses = {name: next(left) for name in system.weights}
+    modalities = {kind: int(next(left)) for kind in MODALITIES}
+    by_source = {name: int(next(left)) for name in sources}
+    return Counted(losses, modalities, by_source, int(next(left)))
+
+
+def _numbers(batch: PackedBatch, sources: list[str]) -> Tensor:
+    """int64 [B]: the source of each row; packs are of one source, and a row of padding counts as the first's."""
+    return torch.tensor([sources.index(name) if name else 0 for name in batch.sources])
+
+
+class Stepper:
+    """Runs steps on an engine. `sources` are the names that losses are told apart by."""
+
+    def __init__(
+        self, engine: SingleEngine, layout: Layout, guard: Guard, seed: int, clip_norm: float | None, sources: list[str]
+    ) -> None:
+        self.engine, self.layout, self.guard = engine, layout, guard
+        self.seed, self.clip_norm, self.sources = seed, clip_norm, sources
+        self.device, self.world = engine.device, engine.world
+        self.extra = engine.optimizer if isinstance(engine.optimizer, ExtraPass) else None
+        if self.extra is not None and engine.kind == "deepspeed":
+            raise ConfigError("train.optimizer: one that takes extra passes needs train.engine.kind single or fsdp")
+
+    def __call__(self, batches: list[PackedBatch], totals: Counted, step: int, lr: float) -> Done:
+        """Step number `step`, from 0 on. The update is left out when the guard says so."""
+        # What dropout draws is a function of (seed, step, rank): nothing has to be saved, and a resumed run goes on.
+        torch.manual_seed(key(self.seed, "dropout", step, self.world.rank))
+        sums = self._gradients(batches, totals)
+        norms = {} if self.engine.late_norm else self.engine.clip(self.clip_norm)
+        names, values = [*sums, *(("norm", part) for part in norms)], [*sums.values(), *norms.values()]
+        found = dict(zip(names, torch.stack([value.float() for value in values]).tolist(), strict=True))
+        done = self._read(found, totals, len(batches))
+        done.verdict = self.guard.judge(done.loss, done.norms.get("total"))
+        self.engine.set_lr(lr)
+        if done.verdict.accept:
+            self.engine.update()
+            done.norms |= self.engine.norms_after() if self.engine.late_norm else {}
+            if self.extra is not None and self.extra.due(step):
+                self._extra(self.extra, batches, step)
+        else:
+            self.engine.discard()
+        return done
+
+    def _gradients(self, batches: list[PackedBatch], totals: Counted) -> dict[tuple[str, str], Tensor]:
+        """Run all micro-batches; returns sums over them and over ranks, on the device."""
+        sums: dict[tuple[str, str], Tensor] = {}
+
+        def add(kind: str, name: str, value: Tensor) -> None:
+            key = (kind, name)
+            sums[key] = sums[key] + value.detach() if key in sums else value.detach().clone()
+
+        pooled = self._pool(batches, totals) if isinstance(self.engine.system, PooledSystem) else None
+        weights = self.engine.system.weights
+        for index, batch in enumerate(self._moved(batches)):
+            output = self.engine.forward(batch)
+            terms = [weights[name] * loss / max(totals.losses[name], 1) for name, loss in output.losses.items()]
+            if pooled is not None:
+                terms += [(output.features[name] * grad).sum() for name, grad in pooled.gradients[index].items()]
+            self.engine.backward(torch.stack(terms).sum(), index == len(batches) - 1)
+            for name, loss in output.losses.items():
+                add("loss", name, loss)
+            for name, value in output.metrics.items():
+                add("metric", name, value)
+            if len(self.sources) > 1 and output.rows:
+                rows = next(iter(output.rows.values()))
+                numbers = _numbers(batch, self.sources).to(rows.device)
+                add("source", "", rows.new_zeros(len(self.sources)).index_add_(0, numbers, rows))
+        flat = torch.cat([torch.zeros(0, device=self.device), *(value.reshape(-1).float() for value in sums.values())])
+        parts = self.world.sum_tensor(flat).split([value.numel() for value in sums.values()])
+        sums = {
+            (kind, self.sources[i] if kind == "source" else name): part[i]
+            for (kind, name), part in zip(sums, parts, strict=True)
+            for i in range(len(part))
+        }
+        if pooled is not None:  # computed alike on every rank
+            sums |= {("loss", name): loss for name, loss in pooled.losses.items()}
+        return sums
+
+    def _read(self, found: dict[tuple[str, str], float], totals: Counted, micro_batches: int) -> Done:
+        def of(kind: str) -> dict[str, float]:
+            return {name: value for (one, name), value in found.items() if one == kind}
+
+        losses = {name: value / max(totals.losses[name], 1) for name, value in of("loss").items()}
+        return Done(
+            loss=sum(self.engine.system.weights[name] * mean for name, mean in losses.items()),
+            verdict=Verdict(True, ""),
+            losses=losses,
+            sources={name: v / totals.sources[name] for name, v in of("source").items() if totals.sources[name]},
+            norms=of("norm"),
+            metrics={name: value / (micro_batches * self.world.ranks) for name, value in of("metric").items()},
+        )
+
+    def _extra(self, optimizer: ExtraPass, batches: list[PackedBatch], step: int) -> None:
+        system = self.engine.system
+        (total,) = self.world.sum([float(sum(optimizer.extra_count(system, batch) for batch in batches))])
+        for index, batch in enumerate(self._moved(batches)):
+            keys = [key(self.seed, "extra", step, ids) for ids in batch.ids]
+            generators = [torch.Generator(self.device).manual_seed(one) for one in keys]
+            loss = self.engine.call(optimizer.extra_loss, system, batch, generators)
+            self.engine.backward(loss / max(total, 1), index == len(batches) - 1)
+        optimizer.take_extra(total)
+        self.engine.discard()
+
+    def _pool(self, batches: list[PackedBatch], totals: Counted) -> "_Pooled":
+        """Gradients of objectives over all items of the step, of whatever micro-batch and rank (GradCache, 2101.06983).
+
+        Features are computed without a graph, gathered, and their gradients kept; the micro-batches then run again and
+        hand them on.
+        """
+        system = self.engine.system
+        assert isinstance(system, PooledSystem)
+        before = _rng_state(self.device)
+        with torch.no_grad():
+            features = [self.engine.forward(batch).features for batch in self._moved(batches)]
+        _set_rng_state(self.device, before)
+        names = list(features[0])
+        items = [len(one[names[0]]) for one in features]
+        by_rank = self.world.gather(sum(items))
+        everyone = {
+            name: self._gather(torch.cat([one[name].float() for one in features]), by_rank).requires_grad_()
+            for name in names
+        }
+        losses = system.pooled_losses(everyone)
+        weighted = [system.weights[name] * loss / max(totals.losses[name], 1) for name, loss in losses.items()]
+        # Every rank works out all of it, and takes its own items' part.
+        gradients = torch.autograd.grad(torch.stack(weighted).sum(), list(everyone.values()))
+        first = sum(by_rank[: self.world.rank])
+        split = [grad[first : first + sum(items)].split(items) for grad in gradients]
+        by_batch = [{name: split[n][i] for n, name in enumerate(names)} for i in range(len(batches))]
+        return _Pooled(by_batch, {name: loss.detach() for name, loss in losses.items()})
+
+    def _gather(self, value: Tensor, sizes: list[int]) -> Tensor:
+        """Of all ranks, in order, of which each gives so many items."""
+        if self.world.ranks == 1:
+            return value
+        padded = torch.cat([value, value.new_zeros(max(sizes) - len(value), *value.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def _moved(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches on the device, each copied while the one before it is at work."""
+        # On several ranks towers run everywhere or nowhere. On one, a tower without media in the whole step still gets a
+        # gradient, of zero, so that its weights take the step (decay, momentum) that they take on several.
+        met = {kind for batch in batches for kind in batch.media}
+        if self.world.ranks > 1:
+            batches = [with_dummies(batch, self.layout) for batch in batches]
+        elif not met.issuperset(self.layout.media()):
+            batches = [with_dummies(batches[0], self.layout), *batches[1:]]
+        if self.device.type != "cuda":
+            yield from (batch.to(self.device) for batch in batches)
+            return
+        stream = torch.cuda.Stream(self.device)
+        ahead: tuple[PackedBatch, Any] | None = None
+        for batch in [*batches, None]:
+            ready = ahead
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    moved = batch.to(self.device, non_blocking=True)
+                ahead = (moved, stream.record_event())
+            if ready is not None:
+                torch.cuda.current_stream(self.device).wait_event(ready[1])
+                ready[0].record_stream(torch.cuda.current_stream(self.device))
+                yield ready[0]
+
+
+@dataclass(slots=True)
+class _Pooled:
+    gradients: list[dict[str, Tensor]]
+    losses: dict[str, Tensor]
+
+
+def key(*parts: Any) -> int:
+    """A seed of 63 bits from anything that prints the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_rng_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
