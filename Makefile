@@ -40,6 +40,7 @@ test: $(READY) lint
 
 soak: $(READY)
 	@MM_SOAK_KILLS=50 MM_SOAK_MUTATIONS=5000 $(BIN)/python -m pytest tests/data/test_write.py tests/data/test_hostile.py
+	@MM_SOAK_KILLS=30 $(BIN)/python -m pytest -s tests/train/test_soak.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """What the training benchmarks share: one short run of a system, by this trainer or by a peer's.
 
-A `Job` is a config of ours and a way to run it, in a process of its own (`python -m benchmarks.training JOB`). The peers
-train the same modules, built from the same config, on the documents of the very packs that ours would take in those
-steps, shuffled, with the same optimizer and, in the mean, as many tokens a step. What differs is who lays out rows, what
-attention does with them, how the loss is computed and who runs the loop. Speeds are over all steps but the first.
+A `Job` is a config of ours and a way to run it, in a process of its own that reads it from standard input (`python -m
+benchmarks.training`). The peers train the same modules, built from the same config, on the documents of the very packs
+that ours would take in those steps, shuffled, with the same optimizer and, in the mean, as many tokens a step. What
+differs is who lays out rows, what attention does with them, how the loss is computed and who runs the loop. Speeds are
+over all steps but the first.
 """
 
 import gc
@@ -36,6 +37,7 @@ from mm.train.distributed import World, resolve_device
 from mm.train.engines.config import SingleConfig
 from mm.train.engines.single import SingleEngine
 from mm.train.metrics import read_metrics
+from mm.train.params import freeze
 from mm.train.trainer import Trainer, Unwatched
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mm" / "benchmarks"
@@ -43,11 +45,11 @@ PEERS = CACHE / "peers"
 PACKAGES = "trl datasets pandas dill multiprocess xxhash"
 WAYS = {
     "ours": "ours",
-    "padded": "HF Trainer, padded",
-    "by length": "HF Trainer, padded, by length",
-    "flattened": "HF Trainer, flattened",
-    "rows": "HF Trainer, our packs",
-    "trl": "TRL SFTTrainer, packed",
+    "padded": "Trainer, padded",
+    "by length": "Trainer, padded, by length",
+    "flattened": "Trainer, flattened",
+    "rows": "Trainer, our packs",
+    "trl": "SFTTrainer, packed",
 }
 
 
@@ -69,9 +71,10 @@ class Job:
         return Job(config, self.way, self.size, self.attention)
 
     def __str__(self) -> str:
-        name = {"ours": "ours", "trl": release("trl")}.get(self.way, release("transformers"))
+        package = release("trl" if self.way == "trl" else "transformers")
         about = [WAYS[self.way], f"{self.size} at a time", *([] if self.attention == "sdpa" else [self.attention])]
-        return f"{name} ({', '.join(about[self.way == 'ours' :])})"
+        about += ["compiled"] if self.config["train"].get("compile") else []
+        return f"{package} ({', '.join(about)})"
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -111,12 +114,15 @@ def compare(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of speeds, each way at its best size, all in turn in every repetition; and the runs by way.
 
-    The first candidate is ours.
+    One way is `ours`.
     """
+    for seed in range(repetitions):  # in this process, so that packing counts in no other's memory
+        one = RunConfig.model_validate({**candidates["ours"][0].config, "seed": seed})
+        open_splits(one.data, one.model.layout(), seed)
     tuning: list[Row] = []
     chosen = {way: tuned(jobs, max(2, steps // 2), tuning) for way, jobs in candidates.items()}
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way, job in chosen.items() if isinstance(job, Job)}
-    for seed in range(1, repetitions + 1):
+    for seed in range(repetitions):
         for way in runs:
             runs[way].append(run(chosen[way].with_steps(steps, seed)))  # type: ignore[union-attr]
     failed = {way: one["error"] for way, some in runs.items() for one in some if "error" in one}
@@ -140,8 +146,10 @@ def compare(
         raise SystemExit(f"ours: {failed.get('ours', chosen['ours'])}")
     case = f"{what}, {chosen['ours'].size} rows at a time"  # type: ignore[union-attr]
     row = {"case": case, "unit": "loss tokens/s", "better": "higher", "ours": median("ours", "rate")}
+    cpu = {**row, "unit": "loss tokens/CPU second", "ours": median("ours", "cpu_rate")}
     rows: list[Row] = [
         {**row, "peers": of_peers(lambda way: median(way, "rate"))},
+        {**cpu, "peers": of_peers(lambda way: median(way, "cpu_rate"))},
         {**row, "case": "ours over each, paired runs", "unit": "x", "ours": 1.0, "peers": of_peers(over)},
         {**row, "case": "peak memory", "unit": "GB", "better": "lower", "ours": median("ours", "memory"),
          "peers": of_peers(lambda way: median(way, "memory"))},
@@ -162,15 +170,13 @@ def overhead(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """rate (loss-bearing tokens/s), memory (GB, peak), step (seconds) and loss (mean of all steps), of one run."""
+    """Of one run: rate and cpu_rate (loss-bearing tokens per second, and per second of the process's CPU time), memory
+    (GB, peak), step (seconds) and loss (mean over steps); of ours also what overhead and waiting are of a step."""
     config = RunConfig.model_validate(job.config)
     with tempfile.TemporaryDirectory() as out:
         if job.way == "ours":
             return measure_ours(job, Path(out))
         return measure_peer(job, config, Path(out))
-
-
-# ---- ours
 
 
 @dataclass
@@ -181,8 +187,8 @@ class Spent:
     backward: float = 0.0
     clip: float = 0.0
     update: float = 0.0
-    at_step: list[float] = field(default_factory=list)
-    """All of the above together, after each step."""
+    at_step: list[tuple[float, float]] = field(default_factory=list)
+    """After each step: all of the above together, and the CPU time of the process."""
 
 
 class TimedConfig(SingleConfig):
@@ -211,7 +217,7 @@ class TimedEngine(SingleEngine):
     def update(self) -> None:
         self._timed("update", super().update)
         spent = self.spent
-        spent.at_step.append(spent.forward + spent.backward + spent.clip + spent.update)
+        spent.at_step.append((spent.forward + spent.backward + spent.clip + spent.update, time.process_time()))
 
     def _timed(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -234,18 +240,18 @@ def measure_ours(job: Job, out: Path) -> dict[str, Any]:
     first, last = rows[0], rows[-1]
     seconds = last["elapsed"] - first["elapsed"]
     assert isinstance(trainer.engine, TimedEngine)
-    needed = trainer.engine.spent.at_step
+    at_step = trainer.engine.spent.at_step
+    needed, cpu = (after - before for before, after in zip(at_step[0], at_step[-1], strict=True))
+    tokens = last["loss_tokens"] - first["loss_tokens"]
     return {
-        "rate": (last["loss_tokens"] - first["loss_tokens"]) / seconds,
+        "rate": tokens / seconds,
+        "cpu_rate": tokens / cpu,
         "step": seconds / (len(rows) - 1),
         "memory": last["memory_gb"],
         "loss": statistics.mean(row["loss"] for row in rows),
-        "overhead": 1 - (needed[-1] - needed[0]) / seconds,
+        "overhead": 1 - needed / seconds,
         "waiting": statistics.mean(row["data_wait"] for row in rows[1:]),
     }
-
-
-# ---- peers
 
 
 @dataclass
@@ -340,7 +346,7 @@ def _pixels(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class Composed(nn.Module):
-    """A vision-language system's modules as a model that transformers' trainer takes; features are placed as LLaVA does."""
+    """A vision-language system's modules as transformers' trainer takes a model; features are placed as LLaVA does."""
 
     def __init__(self, system: Any) -> None:
         super().__init__()
@@ -366,8 +372,6 @@ def measure_peer(job: Job, config: RunConfig, out: Path) -> dict[str, Any]:
     system = config.model.build(weights=False)
     system.language.set_attn_implementation(job.attention)
     system.language.config.use_cache = False
-    from mm.train.params import freeze
-
     freeze(system, train.params)
     model = Composed(system) if hasattr(system, "vision") else system.language
     data = Documents(config, job.way == "rows")
@@ -448,7 +452,7 @@ class Watch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.tokens: Any = 0
-        self.seen: list[tuple[float, int]] = []
+        self.seen: list[tuple[float, float, int]] = []
 
     def callback(self) -> Any:
         from transformers import TrainerCallback
@@ -460,20 +464,21 @@ class Watch:
                 tokens = int(watch.tokens)  # waits for a GPU, as the logged loss would
                 if watch.device.type == "cuda":
                     torch.cuda.synchronize(watch.device)
-                watch.seen.append((time.perf_counter(), tokens))
+                watch.seen.append((time.perf_counter(), time.process_time(), tokens))
 
         return Callback()
 
     def read(self) -> dict[str, float]:
-        (start, before), (end, after) = self.seen[0], self.seen[-1]
+        seconds, cpu, tokens = (after - before for before, after in zip(self.seen[0], self.seen[-1], strict=True))
         peak = (
             torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         return {
-            "rate": (after - before) / (end - start),
-            "step": (end - start) / (len(self.seen) - 1),
+            "rate": tokens / seconds,
+            "cpu_rate": tokens / cpu,
+            "step": seconds / (len(self.seen) - 1),
             "memory": peak / 1e9,
         }
 

@@ -18,7 +18,7 @@ from mm import __version__
 from mm.errors import ConfigError, MMError
 
 Result = dict[str, Any]
-STOPPED = {signal.SIGINT: 130, signal.SIGTERM: os.EX_TEMPFAIL}
+STOPPED: dict[int | None, int] = {signal.SIGINT: 130, signal.SIGTERM: os.EX_TEMPFAIL}
 """Status by the signal that a run was stopped and saved by."""
 
 

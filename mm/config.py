@@ -40,9 +40,9 @@ class StageConfig(Section):
     evaluation: dict[str, Any] = {}
     """Settings of `evaluation`."""
     convert: str | None = None
-    """`package.module:function`, called with the tensors of the stage before by name and this stage's model; returns the
-    tensors to load into it: to grow, upcycle or re-tokenise. By default tensors are taken over by name, and position
-    embeddings of vision towers resampled."""
+    """`package.module:function`, called with the tensors of the stage before by name and this stage's model; returns
+    the tensors to load into it: to grow, upcycle or re-tokenise. By default tensors are taken over by name, and
+    position embeddings of vision towers resampled."""
 
     def settings(self) -> dict[str, Any]:
         return self.model_dump(include={"data", "model", "train", "evaluation"})

@@ -6,7 +6,7 @@ native aspect ratios and clips of any length need no padding.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ ROWS = {
 
 
 class _Tensors:
-    """Moves all tensors of a dataclass."""
+    """Moves all tensors of a dataclass, but for fields that are marked `host`."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -54,7 +54,11 @@ class _Tensors:
                 return value._each(change)
             return change(value) if isinstance(value, Tensor) else value
 
-        changed = {field.name: apply(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        changed = {
+            field.name: apply(getattr(self, field.name))
+            for field in fields(self)  # type: ignore[arg-type]
+            if not field.metadata.get("host")
+        }
         return replace(self, **changed)  # type: ignore[type-var]
 
 
@@ -63,14 +67,15 @@ class MediaBatch(_Tensors):
     """All items of one medium in a batch.
 
     values: float32 [sum n_i]; item i is `values[offsets[i]:offsets[i + 1]].view(shapes[i])`, [C, H, W] for pictures.
+    shapes and offsets stay in host memory: what a tower runs on depends on them.
     row, position, length: int64 [N], the row positions that item i takes; cost: int64 [N] encoder tokens.
     features: [sum length, D] in item order when the tower's output is already known, else None.
     dummy: not data; see `with_dummies`. positions: the sum of length, known without asking the device.
     """
 
     values: Tensor
-    shapes: Tensor
-    offsets: Tensor
+    shapes: Tensor = field(metadata={"host": True})
+    offsets: Tensor = field(metadata={"host": True})
     row: Tensor
     position: Tensor
     length: Tensor
@@ -202,7 +207,7 @@ class Rows:
                 media.setdefault(kind, {})[column] = tensors.pop(name)
         batches = {kind: MediaBatch(**columns) for kind, columns in media.items()}  # type: ignore[arg-type]
         return PackedBatch(
-            **tensors,
+            **tensors,  # type: ignore[arg-type]
             media=batches,
             ids=self.ids,
             isolate_segments=self.isolate_segments,

@@ -214,8 +214,8 @@ def _anonymous_file(size: int) -> int:
 def _work(requests: Connection, answers: Connection, theirs: Iterable[Connection], parent: int, make: Make) -> None:
     """The loop of a worker. It ends with the process that started it, whose ends of the pipes are `theirs`."""
     # Ctrl-C, and SIGTERM to all processes of a job, are the trainer's business: it wants one more batch to end with.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
     for end in theirs:
         end.close()
     torch.set_num_threads(1)

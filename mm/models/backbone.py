@@ -116,6 +116,8 @@ def _inputs(
     """Packed rows as one row of transformers' arguments."""
     return {
         "inputs_embeds": embeddings.flatten(0, 1)[None],
+        # Nothing is masked by it. Without one transformers looks for packed rows in the positions, and the host waits.
+        "attention_mask": torch.ones(1, position_ids.numel(), dtype=torch.bool, device=embeddings.device),
         "position_ids": position_ids.reshape(1, -1),
         "use_cache": False,
         "packing": attention.packing(segment_ids, isolate, implementation),

@@ -21,12 +21,14 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     limits: Limits = Limits(),  # noqa: B008
+    synced: bool = False,
 ) -> list[str]:
     """One continuation for each picture after the prompt.
 
     Args:
         prompt: text after the picture, as in training (`en: ` where the prompt template was `{language}: `).
         temperature: 0 takes the likeliest token; otherwise tokens are sampled with torch's RNG.
+        synced: go on until all ranks are done, as sharded weights need it.
 
     Raises:
         DataError: a picture cannot be read.
@@ -51,6 +53,7 @@ def generate(
             eos_token_id=layout.template.eos and layout.tokenizer.id(layout.template.eos),
             pad_token_id=layout.pad,
             bos_token_id=None,
+            synced_gpus=synced,
         )
     system.train(was_training)
     return [layout.tokenizer.decode(row).strip() for row in ids.tolist()]

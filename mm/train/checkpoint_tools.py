@@ -45,7 +45,7 @@ def listing(run: Path) -> list[dict[str, Any]]:
                 "whole": not problem and path.name == name,
                 "marks": [mark for mark, at in marks.items() if at == path],
                 "ranks": state.get("ranks"),
-                "engine": state.get("config", {}).get("train", {}).get("engine", {}).get("kind"),
+                "engine": state.get("engine"),
             }
         )
     if not rows:

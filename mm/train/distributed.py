@@ -4,15 +4,17 @@ Started by torchrun, or alone. Sharding and reductions are the engines' (torch.d
 left: waiting for one another before the process group exists, sums that all ranks decide by, and a watch over hangs.
 """
 
-import faulthandler
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -158,24 +160,24 @@ class World:
 class Watch:
     """Ends this process when it has made no progress for `seconds`, and says which rank all are waiting for.
 
-    Every rank notes its step in the store; a collective that hangs leaves the ranks that came at a later note than the
-    one that did not.
+    Every rank notes its way in the store; a collective that hangs leaves the ranks that came with more notes than the
+    one that did not. Where each of these stands in its program is written there too, by its own watch.
     """
 
     def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
-        self._store = dist.PrefixStore("watch", world.store)
-        self._own = world.store.clone() if hasattr(world.store, "clone") else world.store
-        self._since, self._note = time.monotonic(), (0, "starting")
-        self._count = 0
+        self._notes = dist.PrefixStore("watch", world.store)
+        # A connection of its own: the main thread may be in the middle of a request.
+        self._reads = dist.PrefixStore("watch", world.store.clone())
+        self._main = threading.get_ident()
+        self._since, self._here, self._count = time.monotonic(), "starting", 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def at(self, step: int, what: str) -> None:
-        self._since, self._note = time.monotonic(), (step, what)
-        self._count += 1
-        self._store.set(str(self._world.rank), f"{self._count}|{step}|{what}|{socket.gethostname()}")
+        self._since, self._here, self._count = time.monotonic(), f"step {step}, {what}", self._count + 1
+        self._notes.set(str(self._world.rank), f"{self._count}|{self._here} on {socket.gethostname()}")
 
     def stop(self) -> None:
         self._end.set()
@@ -184,30 +186,34 @@ class Watch:
     def _run(self) -> None:
         while not self._end.wait(min(5.0, self._seconds / 4)):
             if time.monotonic() - self._since > self._seconds:
-                print(f"mm: {self._verdict()}", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.stderr, all_threads=False)
+                with contextlib.suppress(RuntimeError):  # rank 0, which may hold the store, may be gone
+                    self._reads.set(f"{self._world.rank}/stack", self._stack())
+                    time.sleep(min(5.0, self._seconds / 4) + 1)  # the others' watches look as often
+                    print(f"mm: {self._verdict()}", file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
+    def _stack(self) -> str:
+        frames = traceback.extract_stack(sys._current_frames()[self._main])
+        return " < ".join(f"{one.name} ({Path(one.filename).name}:{one.lineno})" for one in frames[:-5:-1])
+
     def _verdict(self) -> str:
-        store = dist.PrefixStore("watch", self._own)
-        notes: dict[int, tuple[int, str, str, str]] = {}
+        notes: dict[int, tuple[int, str]] = {}
         for rank in range(self._world.ranks):
-            if store.check([str(rank)]):
-                count, step, what, host = store.get(str(rank)).decode().split("|", 3)
-                notes[rank] = (int(count), step, what, host)
-        least = min((note[0] for note in notes.values()), default=0)
-        late = [rank for rank in range(self._world.ranks) if rank not in notes or notes[rank][0] == least]
-        where = [
-            f"rank {rank} on {notes[rank][3]} (step {notes[rank][1]}, {notes[rank][2]})"
-            if rank in notes
-            else f"rank {rank} (never seen)"
-            for rank in late
+            count, _, where = self._read(str(rank)).partition("|")
+            notes[rank] = (int(count or 0), where or "never seen")
+        least, most = (limit(count for count, _ in notes.values()) for limit in (min, max))
+        late = [rank for rank, (count, _) in notes.items() if count == least]
+        waited = f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here}). "
+        waited += "All ranks are at one place, and wait, or compute for longer than train.hang_timeout: "
+        if least < most:
+            waited = waited.partition("All")[0] + "Did not come: "
+        named = [
+            f"rank {rank} ({notes[rank][1]}), in {self._read(f'{rank}/stack') or 'an unknown place'}" for rank in late
         ]
-        here = "step {} ({})".format(*self._note)
-        waited = f"no progress for {self._seconds:g} s at {here} on rank {self._world.rank}"
-        if len(late) == self._world.ranks:
-            return f"{waited}: all ranks are at the same place; raise train.hang_timeout if it needs longer"
-        return f"{waited}: did not come: {', '.join(where)}"
+        return waited + "; ".join(named[:8])
+
+    def _read(self, key: str) -> str:
+        return self._reads.get(key).decode() if self._reads.check([key]) else ""
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

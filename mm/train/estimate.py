@@ -23,7 +23,7 @@ from mm.models.system import System
 from mm.train.accelerators import find
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.config import Run, TrainConfig
-from mm.train.engines.config import DeepSpeedConfig, FSDPConfig
+from mm.train.engines.config import BUCKET, DeepSpeedConfig, FSDPConfig
 from mm.train.lora import apply_lora
 from mm.train.packs import Packs
 from mm.train.params import freeze
@@ -32,8 +32,6 @@ from mm.train.trace import Trace, trace_step
 GPUS = ("H200", "H100 SXM", "A100 80GB", "L40S", "RTX A6000", "RTX 4090", "RTX 3090")
 SPARE = 0.08
 """Share of a GPU's memory that is left to what is no tensor: CUDA's context, NCCL, workspaces, fragmentation."""
-BUCKET = 50_000_000
-"""Numbers that DeepSpeed reduces or gathers at a time, as `mm.train.engines.deepspeed` sets it."""
 LIVE = 1_000_000_000
 """Weights that DeepSpeed's stage 3 keeps gathered at most: its own default."""
 RANKS = (2, 4, 8, 16, 32, 64)

@@ -263,7 +263,7 @@ def final_evaluation(
     seed: int,
     stop: Callable[[], None],
 ) -> dict[str, Any]:
-    """Everything that `eval.json` holds, on every rank. `stop` is called between batches; it may raise, on all alike."""
+    """Everything that `eval.json` holds, on every rank. `stop` is called between batches and may raise on all."""
     engine.system.eval()
     rank, ranks = engine.world.rank, engine.world.ranks
 
@@ -320,7 +320,9 @@ def caption_samples(
         text = layout.tokenizer.decode(first.before[first.media.position + first.media.length :].tolist())
         prompt = text.removeprefix(layout.template.after_media)
         pictures = [Media("image", item.media.data, item.media.ext) for item in items]
-        written = engine.call(generate, engine.system, layout, pictures, prompt, max_new_tokens=48)
+        written = engine.call(
+            generate, engine.system, layout, pictures, prompt, max_new_tokens=48, synced=engine.world.ranks > 1
+        )
         for item, picture, caption in zip(items, pictures, written, strict=True):
             true = layout.tokenizer.decode(item.caption.tolist())
             found.append(({"id": item.id, "prompt": prompt.strip(), "true": true, "generated": caption}, picture))

@@ -19,6 +19,7 @@ from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.prepare import find_packed
 from mm.errors import DataError
 from mm.train.config import Run, TrainConfig
+from mm.train.stages import count_steps
 
 SAMPLE = 32
 """Packs of a cross-section, evenly spaced by cost among those that are drawn."""
@@ -80,8 +81,7 @@ class Packs:
         if self.dataset is None:
             return train.max_steps
         an_epoch = len(self.dataset) / int(self.dataset.about["settings"]["visits"])
-        steps = train.max_steps or math.ceil((train.epochs or 1) * an_epoch / rows)
-        return steps if self.limit is None else min(steps, math.ceil(self.limit / rows))
+        return count_steps(train, self.limit, rows, an_epoch)
 
     def worst(self, rows: int) -> list[list[Pack]]:
         """Rows that one micro-batch may hold at worst: with the most for encoders, and with the most to learn."""

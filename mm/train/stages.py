@@ -22,7 +22,7 @@ from mm.data.prepare import open_splits
 from mm.errors import CheckpointError, ConfigError
 from mm.models.system import System
 from mm.train import checkpoint
-from mm.train.config import Run
+from mm.train.config import Run, TrainConfig
 from mm.train.distributed import World
 from mm.train.lora import apply_lora, merge_lora
 
@@ -93,19 +93,20 @@ def _open(
         pin_memory=pin_memory,
     )
     packs = len(splits["train"]) / int(splits["train"].about["settings"]["visits"])
-    steps = _steps(config, loader, packs)
+    steps = count_steps(train, loader.mixture.total(), loader.rows, packs)
     return Stage(number, name, config, convert, layout, splits, loader, steps, packs)
 
 
-def _steps(config: Run, loader: PackedLoader, packs_per_epoch: float) -> int:
-    """As set, or so many epochs, and no more than the mixture has packs for."""
-    train = config.train
-    steps = train.max_steps or math.ceil((train.epochs or 1) * packs_per_epoch / loader.rows)
-    total = loader.mixture.total()
-    if total is not None and steps > (most := math.ceil(total / loader.rows)):
+def count_steps(train: TrainConfig, total: int | None, rows: int, packs_per_epoch: float) -> int:
+    """As set, or so many epochs, and no more than there are packs for (`total`, of a finite mixture).
+
+    Raises `ConfigError`.
+    """
+    steps = train.max_steps or math.ceil((train.epochs or 1) * packs_per_epoch / rows)
+    if total is not None and steps > (most := math.ceil(total / rows)):
         if train.max_steps:
             raise ConfigError(
-                f"train.max_steps {steps} takes {steps * loader.rows:,} packs, data.mixture ends after {total:,}: "
+                f"train.max_steps {steps} takes {steps * rows:,} packs, data.mixture ends after {total:,}: "
                 f"set at most {most} steps, or raise mixture.max_epochs"
             )
         return most

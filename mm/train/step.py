@@ -126,8 +126,8 @@ class Stepper:
         """Step number `step`, from 0 on. The update is left out when the guard says so."""
         # What dropout draws is a function of (seed, step, rank): nothing has to be saved, and a resumed run goes on.
         torch.manual_seed(key(self.seed, "dropout", step, self.world.rank))
-        sums = self._gradients(batches, totals)
-        norms = {} if self.engine.late_norm else self.engine.clip(self.clip_norm)
+        sums = self._gradients(batches, totals, step)
+        norms = self.engine.clip(self.clip_norm)
         names, values = [*sums, *(("norm", part) for part in norms)], [*sums.values(), *norms.values()]
         found = dict(zip(names, torch.stack([value.float() for value in values]).tolist(), strict=True))
         done = self._read(found, totals, len(batches))
@@ -135,14 +135,13 @@ class Stepper:
         self.engine.set_lr(lr)
         if done.verdict.accept:
             self.engine.update()
-            done.norms |= self.engine.norms_after() if self.engine.late_norm else {}
             if self.extra is not None and self.extra.due(step):
                 self._extra(self.extra, batches, step)
         else:
             self.engine.discard()
         return done
 
-    def _gradients(self, batches: list[PackedBatch], totals: Counted) -> dict[tuple[str, str], Tensor]:
+    def _gradients(self, batches: list[PackedBatch], totals: Counted, step: int) -> dict[tuple[str, str], Tensor]:
         """Run all micro-batches; returns sums over them and over ranks, on the device."""
         sums: dict[tuple[str, str], Tensor] = {}
 
@@ -153,6 +152,7 @@ class Stepper:
         pooled = self._pool(batches, totals) if isinstance(self.engine.system, PooledSystem) else None
         weights = self.engine.system.weights
         for index, batch in enumerate(self._moved(batches)):
+            self.world.at(step + 1, f"micro-batch {index + 1} of {len(batches)}")
             output = self.engine.forward(batch)
             terms = [weights[name] * loss / max(totals.losses[name], 1) for name, loss in output.losses.items()]
             if pooled is not None:
@@ -241,7 +241,7 @@ class Stepper:
 
     def _moved(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches on the device, each copied while the one before it is at work."""
-        # On several ranks towers run everywhere or nowhere. On one, a tower without media in the whole step still gets a
+        # On several ranks every tower runs on each. On one, a tower without media in the whole step still gets a
         # gradient, of zero, so that its weights take the step (decay, momentum) that they take on several.
         met = {kind for batch in batches for kind in batch.media}
         if self.world.ranks > 1:

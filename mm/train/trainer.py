@@ -7,6 +7,7 @@ process runs this same loop; what they have to agree on (counts, a signal, damag
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mm.data.batch import PackedBatch
+from mm.data.batch import MODALITIES, PackedBatch
 from mm.data.config import Split
 from mm.data.loader import one_pass
 from mm.errors import ConfigError, DataError, MMError
@@ -30,6 +31,7 @@ from mm.train.config import Run
 from mm.train.distributed import RankFailed, World
 from mm.train.ema import EMA
 from mm.train.engines.single import SingleEngine
+from mm.train.estimate import estimate
 from mm.train.guard import Guard
 from mm.train.lora import apply_lora
 from mm.train.metrics import MetricsLog, Throughput, check_trackers
@@ -133,6 +135,7 @@ class Trainer:
         """
         train = self.config.train
         if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         check_trackers(train.trackers)
         engine: SingleEngine = train.engine.build(self.world, train)
@@ -264,6 +267,7 @@ class Trainer:
         log = self._open_log(stage)
         peak = peak_flops(self.engine.device, train.precision)
         timer = Throughput(self.engine.device, peak and peak * self.world.ranks)
+        flops = self._flops_per_token(stage) if peak and self.world.main else 0.0
         steps = stage.loader.steps(stage.steps - self.progress.stage_step)
         try:
             with Profiler(train.profile, self.out / "profile", self.world.rank) as profiler:
@@ -288,7 +292,7 @@ class Trainer:
                     if done.verdict.accept and self.ema:
                         self.ema.update()
                     self._advance(totals, done.verdict.accept)
-                    timer.add(totals.tokens, int(sum(totals.losses.values())))
+                    timer.add(totals.tokens, int(sum(totals.losses.values())), flops * totals.tokens)
                     if self._after(stage, log, timer, totals, done, lr):
                         break
         finally:
@@ -416,6 +420,18 @@ class Trainer:
         self.guard.rewind(self.guard.state_dict())
         stage.loader.pass_over(offending)
         self.watcher.event(f"rewound to step {self.progress.step}; passing over {len(offending)} steps of data")
+
+    def _flops_per_token(self, stage: Stage) -> float:
+        """Of the model's own operations, without what is computed again: what MFU is about. 0 where it is not known."""
+        self.watcher.event("counting the operations of a step, for MFU")
+        try:
+            found = estimate(stage.config, self.world.ranks)
+        except Exception as error:  # a system of a user's own need not run without data; that is no reason not to train
+            self.watcher.event(f"no MFU: the operations cannot be counted ({type(error).__name__}: {error})")
+            return 0.0
+        counts = found["flops_per_step"]
+        tokens = sum(number for kind, number in found["tokens_per_step"].items() if kind in MODALITIES)
+        return (counts["forward"] + counts["backward"]) / tokens
 
     def _open_log(self, stage: Stage) -> MetricsLog | None:
         if not self.world.main:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +36,8 @@ from mm.train.checkpoint import (
 )
 from mm.train.checkpoint_tools import listing, merge, verify
 from mm.train.storage import Reader
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 class Uneven(nn.Module):
@@ -143,12 +145,9 @@ def four_ranks(rank: int, ranks: int, folder: Path) -> None:
         checkpoints.close()
 
 
-def start(rank: int, case: Callable[[int, int, Path], None], ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    case(rank, ranks, folder)
-    dist.destroy_process_group()
+def start(case: Callable[[int, int, Path], None], folder: Path) -> None:
+    dist.init_process_group("gloo")
+    case(dist.get_rank(), dist.get_world_size(), folder)
 
 
 def save_one(folder: Path, step: int, seed: int = 0, **options: Any) -> dict[str, Tensor]:
@@ -159,10 +158,10 @@ def save_one(folder: Path, step: int, seed: int = 0, **options: Any) -> dict[str
     return tensors
 
 
-def test_any_number_of_ranks_saves_and_loads(tmp_path: Path) -> None:
+def test_any_number_of_ranks_saves_and_loads(ranks: Ranks, tmp_path: Path) -> None:
     save_one(tmp_path / "one", 1)
-    for case, ranks in ((two_ranks, 2), (four_ranks, 4)):
-        mp.spawn(start, (case, ranks, tmp_path), nprocs=ranks)
+    ranks.run(start, 2, two_ranks, tmp_path)
+    ranks.run(start, 4, four_ranks, tmp_path)
     for name in ("two", "hybrid", "four"):
         checkpoint = tmp_path / name / "step-00000001"
         _, tensors = build()
@@ -232,7 +231,6 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
 
 def killed_everywhere(folder: Path) -> None:
     """SIGKILL before each thing that a save does to files; `keep` is 1, and the second save replaces the first."""
-    torch.set_num_threads(1)
     tensors = {"model.a": torch.ones(1000), "model.b": torch.ones(())}
     for again in (False, True):
         kill_at, ended = 1, False
@@ -282,11 +280,8 @@ def check_newest(run: Path) -> None:
     assert all(bool((tensor == state["value"]).all()) for tensor in tensors.values())
 
 
-def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_there(tmp_path: Path) -> None:
-    process = mp.get_context("spawn").Process(target=killed_everywhere, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_there(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(killed_everywhere, 1, tmp_path)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -392,9 +387,8 @@ def test_optimizer_state_is_made_for_sharded_parameters_and_only_where_it_was(tm
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     checkpoints = Checkpoints(run / "checkpoints", keep=2)
-    state = {"config": {"train": {"engine": {"kind": "single"}}}}
     for step in (10, 20):
-        checkpoints.save(step, {"model.a": torch.ones(1000)}, state, best=step == 10)
+        checkpoints.save(step, {"model.a": torch.ones(1000)}, {"engine": "single"}, best=step == 10)
     checkpoints.close()
     shutil.copytree(run / "checkpoints/step-00000020", run / "checkpoints/.step-00000030.partial")
     assert main(["checkpoint", "ls", str(run), "--json"]) == 0

@@ -15,6 +15,7 @@ from mm.config import RunConfig, load_config
 from mm.data.batch import PackedBatch, collate, with_dummies
 from mm.data.loader import EMPTY, PackedLoader
 from mm.data.prepare import open_splits
+from mm.errors import ConfigError
 from mm.models.backbone import ordinary_attention
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.distributed import World

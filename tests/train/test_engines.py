@@ -87,21 +87,20 @@ SPLITS = {
 }
 
 
-def train_config(engine: dict[str, Any], optimizer: str, rules: list[Any]) -> TrainConfig:
+def train_config(engine: dict[str, Any], optimizer: str, rules: list[Any], precision: str = "fp32") -> TrainConfig:
     kinds = {
         "adamw": {"kind": "adamw", "lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1},
         "sgd": {"kind": "test_engines:SGDConfig", "lr": 0.5},
     }
-    return TrainConfig.model_validate(
-        {"device": "cpu", "engine": engine, "optimizer": kinds[optimizer], "params": rules, "clip_norm": 0.5}
-    )
+    values = {"device": "cpu", "engine": engine, "optimizer": kinds[optimizer], "params": rules, "clip_norm": 0.5}
+    return TrainConfig.model_validate({**values, "precision": precision})
 
 
 def run_split(
-    kind: str, micro_batches: int, engine: dict[str, Any], optimizer: str, rules: list[Any]
+    kind: str, micro_batches: int, engine: dict[str, Any], optimizer: str, rules: list[Any], precision: str = "fp32"
 ) -> dict[str, Any]:
     """Five steps; losses and norms of each, and the parameters at the end, whole."""
-    train = train_config(engine, optimizer, rules)
+    train = train_config(engine, optimizer, rules, precision)
     world = World.from_environment()
     one = train.engine.build(world, train)
     world.start(one.device, 60, one.group)
@@ -163,6 +162,33 @@ def test_however_split_the_numbers_are_the_same(
         assert one["parameters"].keys() == expected["parameters"].keys()
         for name, value in expected["parameters"].items():
             np.testing.assert_allclose(one["parameters"][name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+VARIANTS = {
+    "offloaded": Split(2, 1, {"kind": "fsdp", "cpu_offload": True}),
+    "kept gathered": Split(2, 2, {"kind": "fsdp", "reshard_after_forward": False}),
+    "one unit": Split(2, 1, {"kind": "fsdp", "units": []}),
+    "precision by tower": Split(2, 1, {"kind": "fsdp", "precision": [{"match": "vision.*", "weights": "fp32"}]}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_of_sharding_change_no_numbers(variant: str, ranks: Ranks, references: dict[Any, Any]) -> None:
+    how = VARIANTS[variant]
+    found = ranks.run(run_split, how.ranks, "mixed", how.micro_batches, how.engine, "adamw", [])
+    expected = references["mixed", "adamw", False]
+    for one in found:
+        np.testing.assert_allclose(one["loss"], expected["loss"], rtol=2e-6)
+        for name, value in expected["parameters"].items():
+            np.testing.assert_allclose(one["parameters"][name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_bf16_is_that_of_one_process(ranks: Ranks, references: dict[Any, Any]) -> None:
+    """Autocast over float32 weights in one process; gathered in bf16, with float32 shards, in two."""
+    single = ranks.run(run_split, 1, "mixed", 1, {}, "adamw", [], "bf16")[0]
+    sharded = ranks.run(run_split, 2, "mixed", 1, {"kind": "fsdp"}, "adamw", [], "bf16")[0]
+    np.testing.assert_allclose(sharded["loss"], single["loss"], rtol=5e-3)
+    assert not np.allclose(single["loss"], references["mixed", "adamw", False]["loss"], rtol=1e-6)
 
 
 class SGDConfig(KindSection):

@@ -44,7 +44,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def close(a: Path, b: Path) -> None:
     torch.testing.assert_close(losses(a), losses(b), rtol=1e-5, atol=0)
     found, expected = weights(a), weights(b)
-    assert found.keys() == expected.keys()
+    # DeepSpeed gives a (zero) state to parameters that never had a gradient, too.
+    assert found.keys() >= expected.keys() and all("featurizer.norm" in name for name in found.keys() - expected.keys())
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
@@ -147,10 +148,11 @@ def test_who_prepares_first_and_fails_ends_the_others(ranks: Ranks) -> None:
     assert found[1] in ("RankFailed: rank 0: DataError", "RankFailed: rank 0 has ended")
 
 
-def missing(path: Path, overrides: tuple[str, ...]) -> None:
+def missing(path: Path, overrides: tuple[str, ...], said: Path) -> None:
     """Rank 1 does not come to step 3."""
     from mm.train.step import Stepper
 
+    sys.stderr = open(f"{said}.{os.environ['RANK']}", "w")
     call = Stepper.__call__
 
     def stuck(self: Stepper, batches: Any, totals: Any, step: int, lr: float) -> Any:
@@ -162,12 +164,10 @@ def missing(path: Path, overrides: tuple[str, ...]) -> None:
     train(path, overrides)
 
 
-def test_a_rank_that_does_not_come_is_named(
-    tiny: Callable[..., Path], ranks: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(RankError, match="the process ended"):
-        ranks.run(
-            missing, 2, tiny(), (*FSDP, *NO_TEST, "train.hang_timeout=15", f"out={tmp_path / 'run'}"), seconds=100
-        )
-    said = capfd.readouterr().err
-    assert "no progress for 15 s at step 3" in said and HUNG == 76
+def test_a_rank_that_does_not_come_is_named(tiny: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
+    settings = (*FSDP, *NO_TEST, "train.hang_timeout=15", f"out={tmp_path / 'run'}")
+    with pytest.raises(RankError, match=f"ended with status {HUNG}"):
+        ranks.run(missing, 2, tiny(), settings, tmp_path / "said", seconds=100)
+    said = "".join((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
+    assert "no progress for 15 s on rank" in said and "did not come: rank 1 (step 3, computing" in said
+    assert "in stuck (test_ranks.py:" in said

@@ -169,15 +169,14 @@ class Fisher(Recorder):
         return step % 2 == 0
 
     def extra_count(self, system: System, batch: PackedBatch) -> float:
-        return float((batch.labels != IGNORE).sum())
+        return batch.targets
 
     def extra_loss(self, system: System, batch: PackedBatch, generators: list[torch.Generator]) -> Tensor:
         assert isinstance(system, GenerativeSystem)
-        learned = batch.labels != IGNORE
-        keep = learned.flatten().nonzero()[:, 0]
+        keep = batch.learned()
         where = batch.segment_ids, batch.position_ids
         logits = backbone.run(system.language, system.embed(batch), *where, keep, batch.isolate_segments)
-        shares = logits.detach().softmax(-1).split(learned.sum(1).tolist())
+        shares = logits.detach().softmax(-1).split((batch.labels != IGNORE).sum(1).tolist())
         drawn = [
             torch.multinomial(one, 1, generator=generator)[:, 0]
             for one, generator in zip(shares, generators, strict=True)
@@ -233,7 +232,7 @@ def test_an_extra_pass_is_the_gradient_of_drawn_labels(extra_reference: dict[str
     for pack in rows("mixed"):
         batch = collate([pack], MODEL.layout(), LENGTH)
         generator = torch.Generator().manual_seed(key(0, "extra", 0, batch.ids[0]))
-        keep = (batch.labels[0] != IGNORE).nonzero()[:, 0]
+        keep = batch.learned()
         where = batch.segment_ids, batch.position_ids
         logits = backbone.run(system.language, system.embed(batch), *where, keep, True)
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from mm.train.engines.single import SingleEngine
 
 
+BUCKET = 50_000_000
+"""Elements that DeepSpeed reduces or gathers at a time: 200 MB in float32. Its own 2 GB are for larger machines."""
+
+
 class SingleConfig(KindSection):
     """One process."""
 

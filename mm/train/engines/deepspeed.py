@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mm.data.batch import PackedBatch
@@ -25,11 +26,8 @@ from mm.models.system import Output, System
 from mm.train.checkpoint import model_tensors
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
-from mm.train.engines.config import DeepSpeedConfig
+from mm.train.engines.config import BUCKET, DeepSpeedConfig
 from mm.train.engines.single import Groups, SingleEngine
-
-BUCKET = 50_000_000
-"""Elements that are reduced or gathered at a time: 200 MB in float32. DeepSpeed's own 2 GB are for larger machines."""
 
 OWNED = {
     "train_batch_size": "train.batch_tokens",
@@ -90,15 +88,13 @@ class DeepSpeedEngine(SingleEngine):
             )
         if train.ema and self.stage == 3:
             raise ConfigError(
-                "train.ema is not for train.engine.stage 3, which keeps no weights whole between steps; set stage 2, or "
-                "train.engine.kind fsdp"
+                "train.ema is not for train.engine.stage 3, which keeps no weights whole between steps; set stage 2, "
+                "or train.engine.kind fsdp"
             )
         self._settings(1)
 
     def prepare(self, system: System, groups: Callable[[System], Groups], micro_batches: int) -> None:
-        _load(self.device)
-        import deepspeed
-
+        deepspeed = _load(self.device)
         self.system = system.to(self.device)
         self.optimizer = self.train.optimizer.build(groups(self.system))
         if not isinstance(self.optimizer, ELEMENTWISE):
@@ -110,14 +106,14 @@ class DeepSpeedEngine(SingleEngine):
         self._names = super()._trained()
         os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
         # DeepSpeed finds tensors in dicts and not in an Output: its hooks, all of them between these two, see a dict.
+        self._inside = False
         system.register_forward_hook(lambda module, args, output: _opened(output))
         try:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=system, optimizer=self.optimizer, config=self._settings(micro_batches)
             )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"train.engine.raw: DeepSpeed refuses it: {_first_line(error)}") from None
-        self._inside = False
+            raise ConfigError(f"train.engine: DeepSpeed refuses its config: {_in_one_line(error)}") from None
         system.register_forward_hook(lambda module, args, output: output if self._inside else Output(**output))
         self._zero: Any = self.deepspeed.optimizer
         """DeepSpeed's optimizer around torch's; torch's own at stage 0."""
@@ -130,7 +126,7 @@ class DeepSpeedEngine(SingleEngine):
         elif self.stage in (1, 2):
             zero["compute_grad_norm"] = False  # `clip` has
         if self.train.activation_checkpointing.mode == "selective":
-            # DeepSpeed's linear layer adds its bias in place, to the very product that is kept: gradients come out wrong.
+            # DeepSpeed's linear layer adds its bias in place, to the very product that is kept: wrong gradients.
             zero["memory_efficient_linear"] = False
         generated = {
             "train_micro_batch_size_per_gpu": self.train.micro_batch,
@@ -167,22 +163,15 @@ class DeepSpeedEngine(SingleEngine):
     def clip(self, limit: float | None) -> dict[str, Tensor]:
         if self.stage == 0:
             return super().clip(limit)
+        if self.config.offload_optimizer and self.stage < 3:
+            self._zero._wait_for_offload_copies()
         parts: dict[str, list[Tensor]] = {}
         for name, parameter in self._names:
             some = parts.setdefault(name.partition(".")[0], [])
             if (grad := self._own_gradient(parameter)) is not None:
                 some.append(grad)
-        # As in one process; and a rank may have nothing of a part.
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        none = torch.zeros((), dtype=dtype, device=self.device)
-        squares = self.world.sum_tensor(
-            torch.stack(
-                [
-                    sum((norm.square().to(self.device) for norm in _norms(some, dtype)), none)
-                    for some in parts.values()
-                ]
-            )
-        )
+        squares = torch.stack([_squares(some, self.device) for some in parts.values()])
+        squares = self.world.sum_tensor(squares)
         total = squares.sum().sqrt()
         grads = [grad for some in parts.values() for grad in some]
         if limit is not None and grads:
@@ -192,7 +181,7 @@ class DeepSpeedEngine(SingleEngine):
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return self._names
 
-    def _own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def _own_gradient(self, parameter: Any) -> Tensor | None:
         """This rank's part of a gradient, summed over ranks; None where it has no part. Not a copy."""
         if self.stage == 3:
             return self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
@@ -232,7 +221,7 @@ class DeepSpeedEngine(SingleEngine):
             for kept in getattr(self._zero, "accumulated_grads_in_cpu", {}).values():
                 kept.zero_()
 
-    def _flats(self) -> list[tuple[list[nn.Parameter], Tensor]]:
+    def _flats(self) -> list[tuple[list[nn.Parameter], Any]]:
         """What the optimizer updates, each with the parameters that it holds parts of."""
         if self.stage == 0:
             return [([parameter], parameter) for _, parameter in self._names]
@@ -240,14 +229,14 @@ class DeepSpeedEngine(SingleEngine):
             return list(zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True))
         return list(zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True))
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+    def _place(self, parameter: Any) -> tuple[int, int, int]:
         """Where this rank's part of a parameter is: first number in the flat tensor, first in the parameter, count."""
         if self.stage == 0:
             return 0, 0, parameter.numel()
         if self.stage == 3:
             _, start, count = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = self.world.rank * count
-            return start, first, max(0, min(count, parameter.ds_numel - first))  # type: ignore[attr-defined]
+            return start, first, max(0, min(count, parameter.ds_numel - first))
         fragment = parameter._hp_mapping
         if fragment is None:
             return 0, 0, 0
@@ -308,31 +297,34 @@ class DeepSpeedEngine(SingleEngine):
                 stored[f"optimizer.{name}.{key}"] = self._stored_state(parameter, flat, value)
         return stored
 
-    def _stored_weight(self, tensor: Tensor, flat: Tensor | None) -> Stored:
+    def _stored_weight(self, tensor: Any, flat: Tensor | None) -> Stored:
         if self.stage < 3 or not hasattr(tensor, "ds_tensor"):
 
             def write(whole: Tensor) -> None:
                 tensor.copy_(whole)
                 if flat is not None and self.stage > 0:
-                    self._write_part(flat, self._place(tensor), whole)  # type: ignore[arg-type]
+                    self._write_part(flat, self._place(tensor), whole)
 
             return Stored(tensor.shape, tensor.dtype, lambda: tensor, write)
         part: Tensor = tensor.ds_tensor
         first = self.world.rank * part.numel()
-        place = (0, first, max(0, min(part.numel(), tensor.ds_numel - first)))  # type: ignore[attr-defined]
-        shape: torch.Size = tensor.ds_shape  # type: ignore[attr-defined]
+        place = (0, first, max(0, min(part.numel(), tensor.ds_numel - first)))
+        shape: torch.Size = tensor.ds_shape
 
         def write_parts(whole: Tensor) -> None:
             self._write_part(part, place, whole)
             if flat is not None:  # the same memory, unless offloaded
-                self._write_part(flat, self._place(tensor), whole)  # type: ignore[arg-type]
+                self._write_part(flat, self._place(tensor), whole)
 
         return Stored(shape, tensor.dtype, lambda: self._whole(part, place, shape), write_parts)
 
     def _stored_state(self, parameter: nn.Parameter, flat: Tensor, value: Tensor) -> Stored:
         if value.ndim == 0 and flat.ndim > 0:
             # A count of steps, of all parameters of the flat tensor: they have all had as many.
-            return Stored(value.shape, value.dtype, value.clone, lambda whole: value.copy_(value.maximum(whole)))
+            def write(whole: Tensor) -> None:
+                value.copy_(value.maximum(whole))
+
+            return Stored(value.shape, value.dtype, value.clone, write)
         place = self._place(parameter)
         shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
         return Stored(
@@ -379,39 +371,46 @@ class DeepSpeedEngine(SingleEngine):
     def close(self) -> None:
         """Let go of DeepSpeed; the system is of no more use. Another engine can then follow in this process."""
         self.deepspeed.destroy()
-        _reset()
+        _reset(importlib.import_module("deepspeed"))
 
 
-def _load(device: torch.device) -> None:
-    """Import DeepSpeed for a device, without its chatter, and as if for the first time in this process."""
+def _load(device: torch.device) -> Any:
+    """DeepSpeed for a device, without its chatter, and as if for the first time in this process."""
     os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is CUDA's compiler and no GPU
-    ops = importlib.import_module("deepspeed.ops")
+    deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`torch.distributed.[a-z_]*` is deprecated", category=FutureWarning)
     # Else DeepSpeed compiles a collective of its own for CPUs, for minutes, which nothing in training calls.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _reset()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _reset(deepspeed)
+    return deepspeed
 
 
-def _reset() -> None:
+def _reset(deepspeed: Any) -> None:
     """Forget process groups and undo what DeepSpeed has changed in torch and in its own modules."""
-    from deepspeed.comm import comm
-    from deepspeed.runtime import torch_autocast
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
-    from deepspeed.utils import groups
-
-    comm.cdb = None
-    groups._release_process_group_references()
-    parameter_offload.FWD_MODULE_STACK.clear()
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    original = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._release_process_group_references()
+    zero = deepspeed.runtime.zero
+    zero.parameter_offload.FWD_MODULE_STACK.clear()
+    # Modules and parameters are numbered through the life of a process, and ranks compare the numbers.
+    zero.parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
+    zero.partition_parameters.Init.param_id = 0
+    deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    original = getattr(zero.partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
     if original is not None:
         torch.nn.functional.linear = original
 
 
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
     return torch._foreach_norm(tensors, 2, dtype=dtype) if tensors else ()
+
+
+def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of all squares, computed as in one process; of no tensors, 0."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    norms = torch._foreach_norm(tensors, 2, dtype=dtype) if tensors else [torch.zeros((), dtype=dtype)]
+    return torch.stack(list(norms)).square().sum().to(device)
 
 
 def _opened(output: Output) -> dict[str, Any]:
@@ -434,5 +433,8 @@ def _dicts(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _first_line(error: BaseException) -> str:
+def _in_one_line(error: ValueError | AssertionError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

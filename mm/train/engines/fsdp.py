@@ -56,7 +56,9 @@ class FSDPEngine(SingleEngine):
         self._check_patterns([name for name, _ in named])
         units = {name for name, _ in named if any(re.fullmatch(pattern, name) for pattern in self.config.units)}
         units |= set(find_blocks(system, self.train.blocks))
-        offload = CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy()
+        offload = (
+            CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.config.cpu_offload else OffloadPolicy()
+        )
         # Innermost first: a unit takes the parameters that no unit inside it has.
         for name, module in reversed(named):
             if name in units:

@@ -29,8 +29,6 @@ class SingleEngine:
     kind = "single"
     group = False
     """Needs a process group even in one process."""
-    late_norm = False
-    """The gradient norm is known only after `update`."""
 
     system: System
     optimizer: torch.optim.Optimizer
@@ -108,10 +106,6 @@ class SingleEngine:
         """One optimizer step from the gradients, which are then gone."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def norms_after(self) -> dict[str, float]:
-        """Where the norm is late: what `clip` would have given."""
-        raise NotImplementedError
 
     def discard(self) -> None:
         """Throw the gradients away."""
