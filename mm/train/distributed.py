@@ -203,14 +203,10 @@ class Watch:
             notes[rank] = (int(count or 0), where or "never seen")
         least, most = (limit(count for count, _ in notes.values()) for limit in (min, max))
         late = [rank for rank, (count, _) in notes.items() if count == least]
-        waited = f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here}). "
-        waited += "All ranks are at one place, and wait, or compute for longer than train.hang_timeout: "
-        if least < most:
-            waited = waited.partition("All")[0] + "Did not come: "
-        named = [
-            f"rank {rank} ({notes[rank][1]}), in {self._read(f'{rank}/stack') or 'an unknown place'}" for rank in late
-        ]
-        return waited + "; ".join(named[:8])
+        waited = f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here})"
+        which = "did not come" if least < most else "all ranks are at one place (is train.hang_timeout too short?)"
+        stacks = {rank: self._read(f"{rank}/stack") or "an unknown place" for rank in late[:8]}
+        return f"{waited}; {which}: " + "; ".join(f"rank {r} ({notes[r][1]}), in {at}" for r, at in stacks.items())
 
     def _read(self, key: str) -> str:
         return self._reads.get(key).decode() if self._reads.check([key]) else ""
