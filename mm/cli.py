@@ -180,10 +180,13 @@ def generate(args: argparse.Namespace) -> Result:
     system, layout, config = hub.load(args.run)
     if not isinstance(system, GenerativeSystem):
         raise ConfigError(f"{args.run}: a {config.model.kind} model does not write text")
-    texts = write(system, layout, pictures, args.prompt, args.max_new_tokens, args.temperature)
-    for path, text in zip(args.image, texts, strict=True):
-        say(args, f"{path}: {text}")
-    return {"captions": dict(zip(args.image, texts, strict=True))}
+    if not (pictures or args.prompt):
+        raise ConfigError("give a picture, or --prompt for text to go on with")
+    texts = write(system, layout, pictures or [None], args.prompt, args.max_new_tokens, args.temperature)
+    names = args.image or [args.prompt]
+    for name, text in zip(names, texts, strict=True):
+        say(args, f"{name}: {text}" if args.image else f"{name}{text}")
+    return {"captions": dict(zip(names, texts, strict=True))}
 
 
 def export(args: argparse.Namespace) -> Result:
@@ -382,10 +385,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="instead of a page: verify every checksum, layout and sum")
     sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
     sub.add_argument("--out", help="the page (inspect-NAME.html)")
-    sub = command(generate, "write captions for pictures with a trained model")
+    sub = command(generate, "write captions for pictures, or go on with a prompt, with a trained model")
     sub.add_argument("run", help="a run folder or a checkpoint")
-    sub.add_argument("image", nargs="+", help="jpg, png or webp")
-    sub.add_argument("--prompt", default="", help="text after the picture, such as 'en: '")
+    sub.add_argument("image", nargs="*", help="jpg, png or webp")
+    sub.add_argument("--prompt", default="", help="text after the picture, such as 'en: ', or to go on with")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (64)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     sub = command(export, "write a trained text_lm as a transformers folder")

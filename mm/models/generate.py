@@ -1,8 +1,10 @@
-"""Text for pictures: greedy or sampled continuation of a prompt."""
+"""Text for pictures and prompts: greedy or sampled continuation."""
+
+from collections.abc import Sequence
 
 import torch
 
-from mm.data.batch import collate
+from mm.data.batch import collate, with_dummies
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import join_segments
@@ -16,28 +18,32 @@ from mm.models.system import GenerativeSystem
 def generate(
     system: GenerativeSystem,
     layout: Layout,
-    pictures: list[Media],
+    pictures: Sequence[Media | None],
     prompt: str = "",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     limits: Limits = Limits(),  # noqa: B008
     synced: bool = False,
 ) -> list[str]:
-    """One continuation for each picture after the prompt.
+    """One continuation for each picture after the prompt; None is a prompt without a picture.
 
     Args:
+        pictures: all are there, or none is: prompts of one call are equally long.
         prompt: text after the picture, as in training (`en: ` where the prompt template was `{language}: `).
         temperature: 0 takes the likeliest token; otherwise tokens are sampled with torch's RNG.
-        synced: go on until all ranks are done, as sharded weights need it.
+        synced: of several ranks, with weights in parts: towers run on all, and all go on until the last is done.
 
     Raises:
         DataError: a picture cannot be read.
     """
-    parts = [(picture, Text(prompt, loss=False)) for picture in pictures]
+    text = Text(prompt, loss=False)
+    parts = [(text,) if picture is None else (picture, text) for picture in pictures]
     segments = [make_segment(p, layout, f"picture {i}", limits, closed=False) for i, p in enumerate(parts)]
     packs = [join_segments([(f"picture {i}", "", segment)]) for i, segment in enumerate(segments)]
     device = next(system.parameters()).device
     batch = collate(packs, layout, row_length=max(len(segment) for segment in segments)).to(device)
+    if synced:
+        batch = with_dummies(batch, layout)
     was_training = system.training
     system.eval()
     with ordinary_attention(system.language):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from test_engines import LENGTH, MODEL, pack, train_config
+from test_engines import LENGTH, MODEL, pack, picture, train_config
 from torch import Tensor, nn
 
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.layout import AudioLayout, Layout, VideoLayout
+from mm.models.generate import generate
 from mm.models.system import GenerativeSystem, place
 from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 from mm.train import evaluate
@@ -86,6 +87,27 @@ def batch_with(kinds: tuple[str, ...], row: int) -> PackedBatch:
     return replace(batch, media=media)
 
 
+def generated(engine: dict[str, Any], have: list[bool]) -> list[str]:
+    """What each rank writes: one has a picture, the other a prompt alone."""
+    world = World.from_environment()
+    train = train_config(engine, "adamw", [])
+    one = train.engine.build(world, train)
+    world.start(one.device, 60, one.group)
+    try:
+        torch.manual_seed(0)
+        one.prepare(MODEL.build(), lambda prepared: parameter_groups(prepared, [], 0.1), 1)
+        written = []
+        for rank, has in enumerate(have):
+            if world.ranks == 1 or rank == world.rank:
+                pictures = [picture(rank) if has else None]
+                call = dict(prompt="word3 ", max_new_tokens=6, synced=world.ranks > 1)
+                written += one.call(generate, one.system, MODEL.layout(), pictures, **call)
+        return written
+    finally:
+        one.close()
+        world.stop()
+
+
 COMBINATIONS = [tuple(kinds) for n in range(4) for kinds in itertools.combinations(KINDS, n)]
 
 
@@ -126,10 +148,28 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.fixture(scope="module")
+def expected(ranks: Ranks) -> dict[bool, list[float]]:
+    """The losses of one process that has both ranks' rows."""
+    return {frozen: ranks.run(every_combination, 1, {"kind": "single"}, frozen)[0] for frozen in (False, True)}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_combination_of_present_and_absent(engine: str, frozen: bool, ranks: Ranks) -> None:
-    """64 pairs; the losses are those of one process that has both ranks' rows."""
-    expected = ranks.run(every_combination, 1, {"kind": "single"}, frozen)[0]
-    for found in ranks.run(every_combination, 2, ENGINES[engine], frozen):
-        assert found == pytest.approx(expected, rel=1e-4)
+def test_every_combination_of_present_and_absent(engine: str, ranks: Ranks, expected: dict[bool, list[float]]) -> None:
+    """64 pairs of what two ranks have."""
+    for found in ranks.run(every_combination, 2, ENGINES[engine], False):
+        assert found == pytest.approx(expected[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero 3"])
+def test_frozen_towers_in_parts(engine: str, ranks: Ranks, expected: dict[bool, list[float]]) -> None:
+    """The same where weights are gathered that have no gradients."""
+    for found in ranks.run(every_combination, 2, ENGINES[engine], True):
+        assert found == pytest.approx(expected[True], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero 2", "zero 3"])
+@pytest.mark.parametrize("have", [[True, False], [False, True], [False, False], [True, True]], ids=repr)
+def test_generation_where_ranks_differ(engine: str, have: list[bool], ranks: Ranks) -> None:
+    expected = ranks.run(generated, 1, {"kind": "single"}, have)[0]
+    assert [text for (text,) in ranks.run(generated, 2, ENGINES[engine], have)] == expected

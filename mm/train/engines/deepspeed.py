@@ -27,7 +27,7 @@ from mm.train.checkpoint import model_tensors
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
 from mm.train.engines.config import BUCKET, DeepSpeedConfig
-from mm.train.engines.single import Groups, SingleEngine
+from mm.train.engines.single import Groups, SingleEngine, T
 
 OWNED = {
     "train_batch_size": "train.batch_tokens",
@@ -155,6 +155,18 @@ class DeepSpeedEngine(SingleEngine):
             return Output(**self.deepspeed(batch))
         finally:
             self._inside = False
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        # At stage 3, what DeepSpeed's own forward does: weights that a module uses outside of its forward, such as the
+        # positions of timm's towers, are gathered when they are asked for.
+        tables: list[Any] = [module._parameters for module in self.system.modules()] if self.stage == 3 else []
+        for table in tables:
+            table._in_forward = True
+        try:
+            return super().call(function, *args, **kwargs)
+        finally:
+            for table in tables:
+                table._in_forward = False
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
