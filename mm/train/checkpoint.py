@@ -147,7 +147,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
+            clear_leftovers(folder)
         self._group = dist.new_group(backend="gloo") if ranks > 1 else None
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False) -> None:
@@ -249,14 +249,15 @@ class Checkpoints:
             if old not in stay and not (self.keep_every and int(old.name.removeprefix(PREFIX)) % self.keep_every == 0):
                 _remove(old)
 
-    def _clear_leftovers(self) -> None:
-        """Of a killed save. One that had replaced a checkpoint and was whole gets its name."""
-        for left in self.folder.glob(f".{PREFIX}*.partial"):
-            final = self.folder / left.name.removeprefix(".").removesuffix(".partial")
-            if (left / "state.json").is_file() and not final.exists():
-                left.rename(final)
-        for left in self.folder.glob(".*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+def clear_leftovers(folder: Path) -> None:
+    """Of a killed save. One that was whole, but for its name, gets it."""
+    for left in folder.glob(f".{PREFIX}*.partial"):
+        final = folder / left.name.removeprefix(".").removesuffix(".partial")
+        if (left / "state.json").is_file() and not final.exists():
+            left.rename(final)
+    for left in folder.glob(".*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _remove(checkpoint: Path) -> None:

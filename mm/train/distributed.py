@@ -128,6 +128,7 @@ class World:
         if self.control is not None:
             dist.destroy_process_group()
             self.control = None
+        self.store = None  # closed here, rather than at some moment of the interpreter's end
 
     def at(self, step: int, what: str) -> None:
         """Note where this process is, for who might wait for it."""

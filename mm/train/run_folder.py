@@ -44,6 +44,7 @@ class RunFolder:
 
         A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
         """
+        checkpoint.clear_leftovers(self.checkpoints)
         newest = checkpoint.newest(self.checkpoints)
         if newest or read_metrics(self.path / "metrics.jsonl"):
             if not resume:
