@@ -32,6 +32,10 @@ from mm.train.step import Stepper, count, counted
 
 LENGTH, STEPS = 64, 5
 MODEL = SYSTEMS.resolve("open_qwen2vl").model_validate(TINY["model"])
+LANGUAGE = TINY["model"]["language"]
+UNTIED = MODEL.model_validate(
+    {**TINY["model"], "language": {**LANGUAGE, "config": {**LANGUAGE["config"], "tie_word_embeddings": False}}}
+)
 
 
 def picture(seed: int) -> Media:
@@ -97,7 +101,13 @@ def train_config(engine: dict[str, Any], optimizer: str, rules: list[Any], preci
 
 
 def run_split(
-    kind: str, micro_batches: int, engine: dict[str, Any], optimizer: str, rules: list[Any], precision: str = "fp32"
+    kind: str,
+    micro_batches: int,
+    engine: dict[str, Any],
+    optimizer: str,
+    rules: list[Any],
+    precision: str = "fp32",
+    model: Any = MODEL,
 ) -> dict[str, Any]:
     """Five steps; losses and norms of each, and the parameters at the end, whole."""
     train = train_config(engine, optimizer, rules, precision)
@@ -106,7 +116,7 @@ def run_split(
     world.start(one.device, 60, one.group)
     try:
         torch.manual_seed(0)
-        system = MODEL.build()
+        system = model.build()
         freeze(system, train.params)
         groups = lambda prepared: parameter_groups(prepared, train.params, 0.1)  # noqa: E731
         one.prepare(system, groups, micro_batches)
@@ -178,6 +188,17 @@ def test_settings_of_sharding_change_no_numbers(variant: str, ranks: Ranks, refe
     found = ranks.run(run_split, how.ranks, "mixed", how.micro_batches, how.engine, "adamw", [])
     expected = references["mixed", "adamw", False]
     for one in found:
+        np.testing.assert_allclose(one["loss"], expected["loss"], rtol=2e-6)
+        for name, value in expected["parameters"].items():
+            np.testing.assert_allclose(one["parameters"][name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("split", ["fsdp, full, 2 ranks x 2", "fsdp, hybrid, 4 ranks", "zero 3, 2 ranks x 2"])
+def test_a_head_of_its_own(split: str, ranks: Ranks) -> None:
+    """Not tied to the embeddings."""
+    how = SPLITS[split]
+    expected = ranks.run(run_split, 1, "mixed", 1, {}, "adamw", [], "fp32", UNTIED)[0]
+    for one in ranks.run(run_split, how.ranks, "mixed", how.micro_batches, how.engine, "adamw", [], "fp32", UNTIED):
         np.testing.assert_allclose(one["loss"], expected["loss"], rtol=2e-6)
         for name, value in expected["parameters"].items():
             np.testing.assert_allclose(one["parameters"][name], value, rtol=1e-5, atol=2e-6, err_msg=name)
