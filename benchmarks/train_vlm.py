@@ -42,7 +42,7 @@ def main() -> None:
     options = arguments(__doc__, corpus="the manual; by default corpora/gimp-help", device="cpu (default) or cuda")
     config = quick() if options.quick else full(Path(options.corpus or "corpora/gimp-help"))
     config["train"]["device"] = options.device or "cpu"
-    repetitions, steps = (1, 2) if options.quick else (3, 4)
+    repetitions, steps = (1, 2) if options.quick else (3, 7)  # steps differ more than those of text alone
     # Long documents would make 16 padded ones, drawn at random, too large.
     sizes = {
         "ours": (1, 2, 4),

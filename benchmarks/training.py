@@ -2,8 +2,8 @@
 
 A `Job` is a config of ours and a way to run it, in a process of its own that reads it from standard input (`python -m
 benchmarks.training`). The peers train the same modules, built from the same config, on the documents of the very packs
-that ours would take in those steps, shuffled, with the same optimizer and, in the mean, as many tokens a step. What
-differs is who lays out rows, what attention does with them, how the loss is computed and who runs the loop. Speeds are
+that ours would take in those steps, shuffled within a step, with the same optimizer and, in the mean, as many tokens a
+step. What differs is who lays out rows, what attention does with them, how the loss is computed and who runs the loop. Speeds are
 over all steps but the first.
 """
 
@@ -266,14 +266,16 @@ class Document:
 
 
 def documents(config: RunConfig, whole: bool) -> tuple[list[Document], Any]:
-    """Those of the packs that the run would train on, shuffled, and the layout; `whole`: the packs as they are."""
+    """Those of the packs that the run would train on, shuffled within every step, and the layout; `whole`: the packs."""
     layout = config.model.layout()
     dataset = open_splits(config.data, layout, config.seed)["train"]
     rows = config.train.batch_tokens // config.data.context_length
     mixture = PackedLoader(dataset, layout, rows, seed=config.seed, mixture=config.data.mixture).mixture
     mixture.start_step(0)
-    found: list[Document] = []
-    for _ in range(rows * (config.train.max_steps or 0)):
+    found: list[list[Document]] = []
+    for number in range(rows * (config.train.max_steps or 0)):
+        if number % rows == 0:
+            found.append([])
         if (draw := mixture.next()) is None:
             raise SystemExit("the data is too small for so many steps")
         pack = dataset.read(draw.pack)
@@ -287,9 +289,9 @@ def documents(config: RunConfig, whole: bool) -> tuple[list[Document], Any]:
         spans = [(s.start, s.start + s.length) for s in pack.segments]
         for start, stop in [(0, len(tokens))] if whole else spans:
             pictures = [(m.position - start, m.length, m.data) for m in pack.media if start <= m.position < stop]
-            found.append(Document(tokens[start:stop], labels[start:stop], positions[start:stop], pictures))
-    order = np.random.default_rng(config.seed).permutation(len(found))
-    return [found[n] for n in order], layout
+            found[-1].append(Document(tokens[start:stop], labels[start:stop], positions[start:stop], pictures))
+    rng = np.random.default_rng(config.seed)
+    return [step[n] for step in found for n in rng.permutation(len(step))], layout
 
 
 class Documents(torch.utils.data.Dataset[dict[str, Any]]):
@@ -408,7 +410,7 @@ def measure_peer(job: Job, config: RunConfig, out: Path) -> dict[str, Any]:
     if job.way == "trl":
         trainer = _trl(options, model, data, config, watch)
     else:
-        strategy = "group_by_length" if job.way == "by length" else "random"
+        strategy = "group_by_length" if job.way == "by length" else "sequential"
         trainer = _watched(transformers.Trainer, watch)(
             model=model,
             args=transformers.TrainingArguments(**options, train_sampling_strategy=strategy),

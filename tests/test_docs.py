@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mm.cli import main
+from mm.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,3 +28,13 @@ def test_a_shard_written_from_the_page_packs_and_reads(
     assert len(lines) == 8  # four colours, two visits
     assert sum("colours/colours-000000/000003" in line for line in lines) == 2
     assert all("PIL" in line for line in lines)
+
+
+def test_the_stages_of_the_training_page_are_a_run(tmp_path: Path) -> None:
+    (config,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "staged.yaml").write_text(config)
+    align, pretrain, last = load_config(tmp_path / "staged.yaml").stage_runs()
+    assert align.train.params and not pretrain.train.params
+    assert pretrain.train.optimizer.betas == align.train.optimizer.betas
+    assert last.model.vision.image_size == 96 and last.model.vision.name == align.model.vision.name

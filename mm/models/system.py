@@ -16,6 +16,8 @@ T = TypeVar("T")
 class Output:
     """Sums of losses with the counts that they are to be divided by, both by objective, and metrics to log.
 
+    All have the same names for every batch, whatever is in it: ranks add them up by their place.
+
     `rows`: of objectives that can tell, the loss of each row of the batch [B], for logging by source. `features`: of a
     `PooledSystem`, what its pooled objectives are computed from.
     """
