@@ -6,7 +6,7 @@ Documents longer than a row of 4,096 tokens are cut between paragraphs; all cand
 
     mm data build debian-text --out corpora/debian-text
 
-Peers: Hugging Face's trainer with each document a row of a padded batch, drawn at random or grouped by length; with
+Peers: Hugging Face's trainer with each document a row of a padded batch, in random order or grouped by length; with
 documents flattened into one row, as its DataCollatorWithFlattening does; and TRL's SFTTrainer with its packing. All use
 SDPA attention and fused AdamW, every way at the micro-batch that is fastest for it, chosen by short runs that are
 shown too. *Overhead* is the part of a step of ours that is not forward, backward, clipping or optimizer. For memory,
@@ -39,7 +39,7 @@ MODEL = {
 TRAIN = {
     "batch_tokens": 8192,
     "optimizer": {"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
-    "schedule": {"kind": "cosine", "warmup": 1},
+    "schedule": {"kind": "constant", "warmup": 0},
     "save_every": 1_000_000,
 }
 

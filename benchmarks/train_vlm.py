@@ -6,7 +6,7 @@ manual with its pictures. A picture of 128 pixels takes 16 positions. Tower, con
     mm data build gimp-help --out corpora/gimp-help
 
 TRL packs no pictures ("Packing is not supported for vision datasets"), nor does transformers, so the peers are
-Hugging Face's trainer on the very modules of ours, called as LLaVA is: one sample a row and padded, drawn at random or
+Hugging Face's trainer on the very modules of ours, called as LLaVA is: one sample a row and padded, in random order or
 grouped by length; samples flattened into one row by a collator like DataCollatorWithFlattening; and the rows that we
 packed. They decode pictures by our decoder, in as many worker processes. See `benchmarks.train_lm` for the rest.
 """

@@ -3,8 +3,8 @@
 A `Job` is a config of ours and a way to run it, in a process of its own that reads it from standard input (`python -m
 benchmarks.training`). The peers train the same modules, built from the same config, on the documents of the very packs
 that ours would take in those steps, shuffled within a step, with the same optimizer and, in the mean, as many tokens a
-step. What differs is who lays out rows, what attention does with them, how the loss is computed and who runs the loop. Speeds are
-over all steps but the first.
+step. What differs is who lays out rows, what attention does with them, how the loss is computed and who runs the loop.
+Speeds are over all steps but the first.
 """
 
 import gc
@@ -266,7 +266,7 @@ class Document:
 
 
 def documents(config: RunConfig, whole: bool) -> tuple[list[Document], Any]:
-    """Those of the packs that the run would train on, shuffled within every step, and the layout; `whole`: the packs."""
+    """Those of the packs that the run would train on, shuffled within a step, and the layout; `whole`: the packs."""
     layout = config.model.layout()
     dataset = open_splits(config.data, layout, config.seed)["train"]
     rows = config.train.batch_tokens // config.data.context_length
@@ -391,8 +391,7 @@ def measure_peer(job: Job, config: RunConfig, out: Path) -> dict[str, Any]:
         weight_decay=train.optimizer.weight_decay,
         max_grad_norm=train.clip_norm,
         optim="adamw_torch_fused",
-        lr_scheduler_type="cosine",
-        warmup_steps=train.schedule.warmup,
+        lr_scheduler_type="constant",
         logging_steps=1,
         report_to="none",
         save_strategy="no",

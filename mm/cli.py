@@ -444,7 +444,10 @@ def main(argv: list[str] | None = None) -> int:
     except MMError as error:
         if args.debug:
             raise
-        return fail(args, str(error), STOPPED.get(getattr(error, "signal", None), 2))
+        status = STOPPED.get(getattr(error, "signal", None), 2)
+        if status != 2 and os.environ.get("RANK", "0") != "0":
+            return status  # every rank stops, and the first says so
+        return fail(args, str(error), status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

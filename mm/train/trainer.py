@@ -91,6 +91,8 @@ class Progress:
     skipped: int = 0
     """Steps without an update, by the guard; their tokens are not counted above."""
     skipped_tokens: int = 0
+    offending: list[int] = field(default_factory=list)
+    """The steps that were skipped since the last accepted one, by their number in the sequence of packs."""
     best: float | None = None
     """Of `train.best.metric`."""
     stale: int = 0
@@ -375,6 +377,7 @@ class Trainer:
         if not updated:
             progress.skipped, progress.skipped_tokens = progress.skipped + 1, progress.skipped_tokens + totals.tokens
             return
+        progress.offending = []
         progress.tokens += totals.tokens
         progress.loss_tokens += int(sum(totals.losses.values()))
         for kind, number in totals.modalities.items():
@@ -384,6 +387,8 @@ class Trainer:
         """Write down that a step was left out; rewinds when there were too many in a row, and says whether it did."""
         ids = [row for batch in batches for row in batch.ids]
         everyone = [row for rank in self.world.gather(ids) for row in rank]
+        # The sequence stands behind the step that was just handed out.
+        self.progress.offending.append(stage.loader.state_dict()["step"] - 1)
         rewind = self.guard.should_rewind
         step = self.progress.step + 1
         event = self.guard.event(step, done.verdict, done.loss, done.norms.get("total"), everyone)
@@ -411,10 +416,7 @@ class Trainer:
                 + f"; see {self.out / 'guard.jsonl'}: lower train.optimizer.lr, or look at these samples"
             )
         assert newest is not None
-        # The sequence stands behind the step that was just handed out; the last ones of it were skipped.
-        end = stage.loader.state_dict()["step"]
-        offending = range(end - self.guard.skipped, end)
-        rewinds = self.guard.rewinds
+        offending, rewinds = self.progress.offending, self.guard.rewinds
         self._restore(stage, newest)
         self.guard.rewinds = rewinds
         self.guard.rewind(self.guard.state_dict())
