@@ -10,6 +10,7 @@ bound them), and nothing is left behind when a process is killed.
 
 import atexit
 import contextlib
+import gc
 import math
 import mmap
 import multiprocessing
@@ -218,6 +219,9 @@ def _work(requests: Connection, answers: Connection, theirs: Iterable[Connection
         signal.signal(one, signal.SIG_IGN)
     for end in theirs:
         end.close()
+    # What was inherited is not for this process to finalise: a finaliser may want a lock that another thread of the
+    # parent held when it forked.
+    gc.freeze()
     torch.set_num_threads(1)
     blocks = _Blocks()
     asked: SimpleQueue[tuple[int, Any, list[int]]] = SimpleQueue()
