@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY
 from PIL import Image
+from tiny_run import TINY
 
 from mm.cli import main
 from mm.compare import compare_page, config_differences, distinct_names

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from ranks import Ranks
+from tiny_run import TINY
 from torch import Tensor
 
 from mm.config import RunConfig, load_config

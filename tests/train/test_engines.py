@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from ranks import Ranks
+from tiny_run import TINY
 
 from mm.data.batch import PackedBatch, collate
 from mm.data.limits import Limits

@@ -161,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tiny: Callable[..., Path], 
 
 
 def _tiny_train() -> dict[str, Any]:
-    from conftest import TINY
+    from tiny_run import TINY
 
     return dict(TINY["train"])
 
