@@ -9,7 +9,7 @@ from torch import nn
 
 from mm.errors import ConfigError
 from mm.train.config import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, ParamRule
-from mm.train.params import parameter_groups
+from mm.train.params import freeze, parameter_groups
 
 
 def model() -> nn.Module:
@@ -17,7 +17,9 @@ def model() -> nn.Module:
 
 
 def settings(rules: list[ParamRule]) -> dict[str, tuple[float, float]]:
-    groups = parameter_groups(model(), rules, 0.1)
+    net = model()
+    freeze(net, rules)
+    groups = parameter_groups(net, rules, 0.1)
     return {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]}
 
 
@@ -41,7 +43,7 @@ def test_later_rules_override_field_by_field() -> None:
 
 def test_frozen_parameters_get_no_gradient() -> None:
     net = model()
-    parameter_groups(net, [ParamRule(match="vision.*", freeze=True)], 0.0)
+    freeze(net, [ParamRule(match="vision.*", freeze=True)])
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["vision.weight", "vision.bias"]
 
 

@@ -165,9 +165,9 @@ def missing(path: Path, overrides: tuple[str, ...], said: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(tiny: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
-    settings = (*FSDP, *NO_TEST, "train.hang_timeout=15", f"out={tmp_path / 'run'}")
+    settings = (*FSDP, *NO_TEST, "train.hang_timeout=10", f"out={tmp_path / 'run'}")
     with pytest.raises(RankError, match=f"ended with status {HUNG}"):
         ranks.run(missing, 2, tiny(), settings, tmp_path / "said", seconds=100)
     said = "".join((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
-    assert "no progress for 15 s on rank" in said and "did not come: rank 1 (step 3, computing" in said
+    assert "no progress for 10 s on rank" in said and "did not come: rank 1 (step 3, computing" in said
     assert "in stuck (test_ranks.py:" in said
