@@ -187,10 +187,14 @@ class Watch:
     def _run(self) -> None:
         while not self._end.wait(min(5.0, self._seconds / 4)):
             if time.monotonic() - self._since > self._seconds:
-                with contextlib.suppress(RuntimeError):  # rank 0, which may hold the store, may be gone
+                verdict = (
+                    f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here}), {self._stack()}"
+                )
+                with contextlib.suppress(RuntimeError):  # rank 0, which may hold the store, may be gone: then only this
                     self._reads.set(f"{self._world.rank}/stack", self._stack())
                     time.sleep(min(5.0, self._seconds / 4) + 1)  # the others' watches look as often
-                    print(f"mm: {self._verdict()}", file=sys.stderr, flush=True)
+                    verdict = self._verdict()
+                print(f"mm: {verdict}", file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
     def _stack(self) -> str:
@@ -204,10 +208,12 @@ class Watch:
             notes[rank] = (int(count or 0), where or "never seen")
         least, most = (limit(count for count, _ in notes.values()) for limit in (min, max))
         late = [rank for rank, (count, _) in notes.items() if count == least]
-        waited = f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here})"
         which = "did not come" if least < most else "all ranks are at one place (is train.hang_timeout too short?)"
         stacks = {rank: self._read(f"{rank}/stack") or "an unknown place" for rank in late[:8]}
-        return f"{waited}; {which}: " + "; ".join(f"rank {r} ({notes[r][1]}), in {at}" for r, at in stacks.items())
+        return f"{self._waited()}; {which}: " + "; ".join(f"rank {r} ({notes[r][1]}), in {at}" for r, at in stacks.items())
+
+    def _waited(self) -> str:
+        return f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here})"
 
     def _read(self, key: str) -> str:
         return self._reads.get(key).decode() if self._reads.check([key]) else ""

@@ -55,7 +55,7 @@ class Guard:
 
         Args:
             loss: the step's total, over all ranks; grad_norm: the global one before clipping, None where the engine
-                does not know it before the update (DeepSpeed).
+                does not know it before the update.
         """
         verdict = self._check("loss", loss, self.losses)
         if verdict.accept and grad_norm is not None:

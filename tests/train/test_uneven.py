@@ -18,7 +18,6 @@ from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.layout import AudioLayout, Layout, VideoLayout
 from mm.models.generate import generate
 from mm.models.system import GenerativeSystem, place
-from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 from mm.train import evaluate
 from mm.train.distributed import World
 from mm.train.guard import Guard
@@ -70,9 +69,6 @@ class ThreeTowers(GenerativeSystem):
         for kind, media in batch.media.items():
             embeddings = place(embeddings, self.towers[kind](media.values.view(len(media), -1)), media)
         return embeddings
-
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        return OpenQwen2VL.token_losses(self, batch)  # type: ignore[arg-type]
 
 
 def batch_with(kinds: tuple[str, ...], row: int) -> PackedBatch:
