@@ -187,10 +187,8 @@ class Watch:
     def _run(self) -> None:
         while not self._end.wait(min(5.0, self._seconds / 4)):
             if time.monotonic() - self._since > self._seconds:
-                verdict = (
-                    f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here}), {self._stack()}"
-                )
-                with contextlib.suppress(RuntimeError):  # rank 0, which may hold the store, may be gone: then only this
+                verdict = f"{self._waited()}, in {self._stack()}"  # all there is to say where the store is gone
+                with contextlib.suppress(RuntimeError):
                     self._reads.set(f"{self._world.rank}/stack", self._stack())
                     time.sleep(min(5.0, self._seconds / 4) + 1)  # the others' watches look as often
                     verdict = self._verdict()
@@ -210,7 +208,8 @@ class Watch:
         late = [rank for rank, (count, _) in notes.items() if count == least]
         which = "did not come" if least < most else "all ranks are at one place (is train.hang_timeout too short?)"
         stacks = {rank: self._read(f"{rank}/stack") or "an unknown place" for rank in late[:8]}
-        return f"{self._waited()}; {which}: " + "; ".join(f"rank {r} ({notes[r][1]}), in {at}" for r, at in stacks.items())
+        places = "; ".join(f"rank {rank} ({notes[rank][1]}), in {at}" for rank, at in stacks.items())
+        return f"{self._waited()}; {which}: {places}"
 
     def _waited(self) -> str:
         return f"no progress for {self._seconds:g} s on rank {self._world.rank} ({self._here})"
