@@ -44,6 +44,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(names)}"
 
 
+def merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`: mappings merge; another `kind`, a list or a plain value replaces."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind", over["kind"]):
+        return over
+    return {key: merge(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
+
+
 class Section(BaseModel):
     """A part of a config. Unknown keys are errors that name the nearest valid one."""
 

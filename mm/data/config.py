@@ -48,9 +48,14 @@ class DataConfig(Section):
     much larger than the model's."""
     skip_ids: Path | None = None
     """A file of sample ids, one a line, that a run leaves out; their places in the rows become padding."""
+    packing: Literal["full", "single"] = "full"
+    """`full`: rows are filled with whole samples. `single`: each sample is a row of its own, and the rows of a step go
+    to micro-batches by length, padded to the longest: the grouping by length of LLaVA's fine-tuning, where a step holds
+    so many samples (`train.batch_tokens` / `context_length`) rather than so many tokens."""
     too_long: Literal["error", "drop", "split"] = "error"
     """What to do with a sample longer than a row, or over a budget: end, leave it out, or make several of it, cut
-    between paragraphs or sentences and never inside media. Counted, and not against `max_bad_fraction`."""
+    between paragraphs or sentences and never inside media, conversations between an answer and the next question.
+    Counted, and not against `max_bad_fraction`."""
     max_bad_fraction: Number = Field(default=0.0, ge=0, le=1)
     """Unreadable samples and damaged places in shards are left out and counted up to this share of a source; beyond it
     the run ends. 0: the first one ends it."""
@@ -64,6 +69,9 @@ class DataConfig(Section):
     """Of the JSON or text of one sample, pictures in base64 included."""
     max_text_chars: Count = Field(default=8_000_000, ge=1)
     """Of all text of one sample."""
+    features: bool = False
+    """Read what a frozen tower gives for pictures, computed once by `mm data encode`, in place of pictures: these are
+    neither read nor decoded, and the tower does not run."""
     workers: int = Field(default=1, ge=0)
     """Processes that read and decode during training. Any number gives the same order."""
     cache: Path = Path("~/.cache/mm")

@@ -2,15 +2,20 @@
 
 Three layouts are told apart by their keys: our own ordered `parts`, OBELICS' parallel lists of `texts` and pictures,
 and MMC4's sentences with pictures matched to them. Pictures are members of the group, or base64 in the JSON.
+
+`packed_json` are Open-Qwen2VL's packs of such documents. A pack is taken apart: what shares a row is decided anew.
 """
 
 import base64
 import binascii
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from pydantic import Field
+
 from mm.data.limits import Limits
-from mm.data.sample import Media, Part, Sample, Text
-from mm.data.shards import Group
+from mm.data.sample import Media, Part, Sample, Special, Text
+from mm.data.shards import Folder, Group, Shard, folders_with
 from mm.data.sources import (
     MEDIA_EXTENSIONS,
     Fields,
@@ -18,6 +23,8 @@ from mm.data.sources import (
     FilesSource,
     check_length,
     check_text,
+    is_small,
+    read_json,
     sample_id,
     shortened,
 )
@@ -34,23 +41,48 @@ class InterleavedConfig(FilesConfig):
     """
 
     kind: str = "interleaved"
+    min_side: int = Field(default=1, ge=1)
+    """Pictures with a shorter side, in pixels, are left out and counted. Open-Qwen2VL: 2."""
+    end_of_chunk: str = ""
+    """Of `texts`: a special token behind every text, in place of the empty line between two; every picture is followed
+    by the template's break, even by another picture. Open-Qwen2VL: `<|endofchunk|>`."""
 
     def build(self, root: str) -> "Interleaved":
         return Interleaved(self, root)
 
 
+class PackedJsonConfig(InterleavedConfig):
+    """Open-Qwen2VL's packs in JSON: folders of `UUID_packed.json`, `{"data": [document, …], "lengths": […]}`.
+
+    `path` names a folder that they lie in, at any depth. Every document is a sample of its own.
+    """
+
+    kind: str = "packed_json"
+
+    def build(self, root: str) -> "PackedJson":
+        return PackedJson(self, root)
+
+
 class Interleaved(FilesSource):
     """See `InterleavedConfig`."""
+
+    chunks_from = 0
+    """Documents with fewer pictures have no `end_of_chunk`."""
+
+    def __init__(self, config: InterleavedConfig, root: str) -> None:
+        super().__init__(config, root)
+        self._min_side, self._end_of_chunk = config.min_side, config.end_of_chunk
 
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
         id = sample_id(self.name, group)
         where = f"{id} in {group.shard.path}"
         fields = self._fields(group, where, limits)
+        join: Callable[[list[Part]], list[Part]] = list
         try:
             if "parts" in fields:
                 parts = _parts(group, fields["parts"], where)
             elif "texts" in fields:
-                parts = _obelics(group, fields, where)
+                parts, join = _obelics(group, fields, where), self._joined
             elif "text_list" in fields:
                 parts = _mmc4(group, fields, where)
             else:
@@ -64,7 +96,60 @@ class Interleaved(FilesSource):
         check_length(parts, where, limits)
         if not parts:
             raise DataError(f"{where}: the document is empty")
-        return [Sample(id, tuple(parts), {k: v for k, v in fields.items() if isinstance(v, str | int | float)})]
+        kept = [part for part in parts if not is_small(part, self._min_side, where, limits)]
+        meta = {k: v for k, v in fields.items() if isinstance(v, str | int | float)}
+        return [Sample(id, tuple(join(kept)), meta, len(parts) - len(kept))] if kept else []
+
+    def _joined(self, parts: list[Part]) -> list[Part]:
+        """Texts that follow each other as paragraphs, or as chunks that end in a token."""
+        joined: list[Part] = []
+        chunks = self._end_of_chunk and sum(isinstance(part, Media) for part in parts) >= self.chunks_from
+        for part in parts:
+            if isinstance(part, Text) and not chunks and joined and isinstance(joined[-1], Text):
+                part = Text("\n\n" + part.text)
+            joined.append(part)
+            if chunks:  # no text behind a picture has the template put its break there
+                joined.append(Special(self._end_of_chunk, True) if isinstance(part, Text) else Text(""))
+        return joined
+
+
+class PackedJson(Interleaved):
+    """See `PackedJsonConfig`."""
+
+    chunks_from = 2
+    """As the published loader has it; what it reads are mostly captions."""
+
+    def shards(self) -> list[str]:
+        return folders_with("_packed.json", self._path, self._root)
+
+    def open(self, path: str, limits: Limits) -> Shard:
+        return _Packs(path, limits)
+
+
+class _Packs(Folder):
+    """The documents of all packs in a folder."""
+
+    def __init__(self, path: str, limits: Limits) -> None:
+        super().__init__(path, "_packed.json")
+        self._limits = limits
+
+    def groups(self) -> Iterator[Group | DataError]:
+        for pack in super().groups():
+            assert isinstance(pack, Group)
+            where = f"{self.path}/{pack.key}_packed.json"
+            try:
+                documents = read_json(pack, where, self._limits).get("data")
+            except DataError as error:
+                yield error
+                continue
+            if not isinstance(documents, list):
+                yield DataError(f"{where}: no `data`, expected a list of documents")
+                continue
+            for number, fields in enumerate(documents):
+                if isinstance(fields, dict):
+                    yield Group(self, f"{pack.key}#{number}", {}, fields)
+                else:
+                    yield DataError(f"{where}: document {number} is a {type(fields).__name__}, expected an object")
 
 
 def _parts(group: Group, entries: list[Fields], where: str) -> list[Part]:
@@ -93,9 +178,11 @@ def _obelics(group: Group, fields: Fields, where: str) -> list[Part]:
         raise DataError(f"{where}: {len(texts)} texts and {len(pictures)} pictures; the lists run in parallel")
     parts: list[Part] = []
     for number, (text, picture) in enumerate(zip(texts, pictures, strict=True)):
+        if text and isinstance(picture, dict) and not picture.keys() & {"image_base64", "image_name"}:
+            picture = None  # what is said of a picture that is not there
         if text and picture:
             raise DataError(f"{where}: place {number} has text and a picture; expected one of them, and null")
-        parts += _text(text, where, "\n\n" if parts and isinstance(parts[-1], Text) else "")
+        parts += _text(text, where)
         parts += [_picture(group, picture, where)] if picture else []
     return parts
 

@@ -1,27 +1,33 @@
 """Layout: all that data must know of a model, without importing it.
 
 A system's config returns one (`config.layout()`). Its fingerprint names the packed sets that fit the model: tokenizer,
-template and the positions that media take. Pixel size and normalisation are left out of it, because packed sets keep
-the original bytes.
+template and the positions that media take. The size of squares and normalisation are left out of it, because packed
+sets keep the original bytes.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mm.data.media import ImageHeader, ImageTransform
+from mm.data.media import ImageHeader, ImageTransform, Native
+from mm.data.sample import Chat
 from mm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a document is spelt: `bos` + media and text in order + `eos`."""
+    """How a document is spelt: `bos` + media and text in order + `eos`; and by which template conversations are."""
 
     bos: str | None
     eos: str | None
     after_media: str = ""
     """Put before text that follows media (Open-Qwen2VL: a newline)."""
+    chat: Chat = "chatml"
+    """See `mm.data.chat`."""
+    system: str | None = None
+    """The system turn of conversations without one; None: that of `chat`; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,74 @@ class ImageLayout:
     def count(self, header: ImageHeader) -> tuple[int, int]:
         """(positions in the row, encoder tokens) of a picture with this header."""
         return self.tokens, self.cost
+
+    def plan(self, header: ImageHeader) -> dict[str, Any]:
+        """What decoding a picture with this header is held to: nothing, all are one square."""
+        return {}
+
+    def shape(self, plan: dict[str, Any]) -> tuple[int, int, int]:
+        """[C, H, W] of a decoded picture."""
+        assert isinstance(self.transform.size, int)
+        return 3, self.transform.size, self.transform.size
+
+    def smallest(self) -> tuple[dict[str, Any], int, int]:
+        """(plan, positions in the row, encoder tokens) of the least picture."""
+        return {}, self.tokens, self.cost
+
+    def largest(self) -> tuple[dict[str, Any], int, int]:
+        """(plan, positions in the row, encoder tokens) of the picture that takes the most for its positions."""
+        return {}, self.tokens, self.cost
+
+    def describe(self) -> dict[str, Any]:
+        """What a packed set depends on."""
+        return {"tokens": self.tokens, "cost": self.cost}
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLayout:
+    """A picture in its own aspect ratio in the row: a position for every window of `pool` x `pool` patches, those that
+    its edge cuts off included; each patch is an encoder token. The transform has the grids (`Native`)."""
+
+    pool: int
+    transform: ImageTransform
+
+    @property
+    def native(self) -> Native:
+        assert isinstance(self.transform.size, Native)
+        return self.transform.size
+
+    def count(self, header: ImageHeader) -> tuple[int, int]:
+        """(positions in the row, encoder tokens) of a picture with this header."""
+        return self._count(*self.native.grid(header))
+
+    def plan(self, header: ImageHeader) -> dict[str, Any]:
+        """What decoding a picture with this header is held to: its grid of patches, [rows, columns]."""
+        return {"grid": [*self.native.grid(header)]}
+
+    def shape(self, plan: dict[str, Any]) -> tuple[int, int, int]:
+        """[C, H, W] of a decoded picture."""
+        rows, columns = plan["grid"]
+        return 3, rows * self.native.patch, columns * self.native.patch
+
+    def smallest(self) -> tuple[dict[str, Any], int, int]:
+        """(plan, positions in the row, encoder tokens) of the least picture."""
+        return {"grid": [1, 1]}, 1, 1
+
+    def largest(self) -> tuple[dict[str, Any], int, int]:
+        """(plan, positions in the row, encoder tokens) of the picture that takes the most for its positions: whole
+        windows, as many patches as may be."""
+        most = self.native.max_patches
+        sides = range(self.pool, math.isqrt(most) + 1, self.pool)
+        rows = max(sides, key=lambda side: (side * (most // side // self.pool), side))
+        columns = most // rows // self.pool * self.pool
+        return {"grid": [rows, columns]}, *self._count(rows, columns)
+
+    def describe(self) -> dict[str, Any]:
+        """What a packed set depends on."""
+        return {**asdict(self.native), "pool": self.pool}
+
+    def _count(self, rows: int, columns: int) -> tuple[int, int]:
+        return -(-rows // self.pool) * -(-columns // self.pool), rows * columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +137,11 @@ class VideoLayout:
         """(positions in the row, encoder tokens) of a clip."""
         return self.frames * self.tokens, self.frames * self.cost
 
+    def shape(self) -> tuple[int, int, int, int]:
+        """[F, C, H, W] of a decoded clip."""
+        assert isinstance(self.transform.size, int), "frames are squares"
+        return self.frames, 3, self.transform.size, self.transform.size
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -71,9 +150,11 @@ class Layout:
     tokenizer: Tokenizer
     template: Template
     pad: int
-    image: ImageLayout | None = None
+    image: ImageLayout | NativeLayout | None = None
     audio: AudioLayout | None = None
     video: VideoLayout | None = None
+    features: dict[str, int] = field(default_factory=dict)
+    """Media whose features are read instead of being decoded, with their width."""
 
     def media(self) -> tuple[str, ...]:
         """The media that the model takes."""
@@ -82,13 +163,12 @@ class Layout:
     def smallest(self, kind: str) -> tuple[tuple[int, ...], int, int]:
         """(shape of the decoded values, positions in the row, encoder tokens) of the least item of a medium."""
         if kind == "image" and self.image is not None:
-            side = self.image.transform.size
-            return (3, side, side), self.image.tokens, self.image.cost
+            plan, length, cost = self.image.smallest()
+            return self.image.shape(plan), length, cost
         if kind == "audio" and self.audio is not None:
             return (self.audio.hop,), *self.audio.count(self.audio.hop)
         if kind == "video" and self.video is not None:
-            side = self.video.transform.size
-            return (self.video.frames, 3, side, side), *self.video.count()
+            return self.video.shape(), *self.video.count()
         raise ValueError(f"the model takes no {kind}")
 
     def describe(self) -> dict[str, Any]:
@@ -98,7 +178,7 @@ class Layout:
             "tokenizer": self.tokenizer.fingerprint(),
             "template": asdict(self.template),
             "pad": self.pad,
-            "image": image and {"tokens": image.tokens, "cost": image.cost},
+            "image": image and image.describe(),
             "audio": audio and asdict(audio),
             "video": video and {"frames": video.frames, "tokens": video.tokens, "cost": video.cost},
         }

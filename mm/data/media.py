@@ -2,9 +2,9 @@
 
 `probe_image` reads a few hundred bytes, so planning a billion pictures decodes none. `decode_image` has two decoders:
 
-- `exact`: Pillow's chain (convert to RGB, bicubic resize to the square, scale, normalise), bit-equal to the
+- `exact`: Pillow's chain (convert to RGB, bicubic resize, scale, normalise), bit-equal to the
   preprocessing that Open-Qwen2VL published as `resize-naive` (prismatic `siglip_vit.py`);
-- `fast`: the same chain with libjpeg's own reduction of large JPEGs (by 2, 4 or 8, never below twice the square), and
+- `fast`: the same chain with libjpeg's own reduction of large JPEGs (by 2, 4 or 8, never below twice the size), and
   torch's vectorised bicubic filter on 8-bit pixels. Photographs that are not reduced come out within 2 of 255 levels of
   `exact` (4 in tall ones, where the two filter rows and columns in another order); speed and distance are in
   docs/benchmarks.md, "Decoding".
@@ -14,6 +14,7 @@ published preprocessing does not apply it. To turn such pictures, re-encode them
 """
 
 import io
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -45,18 +46,53 @@ class ImageHeader:
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """Pictures in their own aspect ratio, as a grid of at most `max_patches` whole patches of `patch` x `patch` pixels.
+
+    The grid is the picture at the largest scale up to 1 at which its sides, rounded to whole patches, stay within the
+    budget. So nothing is enlarged but by rounding, and a side is off its ratio by half a patch at most; at least one.
+    """
+
+    patch: int
+    max_patches: int
+
+    def grid(self, header: ImageHeader) -> tuple[int, int]:
+        """(rows, columns) of a picture with this header."""
+        width, height = header.width, header.height
+        # r x c <= n whole patches cover less than (r + 0.5)(c + 0.5) <= 1.5 n + 1, so no larger scale can do.
+        most = math.sqrt((1.5 * self.max_patches + 1) / (width * height))
+        scale = min(1 / self.patch, most)
+        rows, columns = (min(max(1, math.floor(side * scale + 0.5)), self.max_patches) for side in (height, width))
+        while rows * columns > self.max_patches:
+            # As the scale falls, the side that is first to round to less; both, where they do so together.
+            by_rows = (2 * rows - 1) * width if rows > 1 else 0
+            by_columns = (2 * columns - 1) * height if columns > 1 else 0
+            rows -= by_rows >= by_columns
+            columns -= by_columns >= by_rows
+        return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """Pixels that an encoder expects: a square of `size`, normalised by `mean` and `std` per channel (RGB).
+    """Pixels that an encoder expects: a square of `size`, or a grid of patches, normalised by `mean` and `std` per
+    channel (RGB).
 
     In training a picture may first be cut to a drawn box of at least `crop` of its area (Szegedy et al., 1409.4842),
     and every second one mirrored (`flip`).
     """
 
-    size: int
+    size: int | Native
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop: float = 1.0
     flip: bool = False
+
+    def pixels(self, header: ImageHeader) -> tuple[int, int]:
+        """(height, width) that a picture with this header is resized to."""
+        if isinstance(self.size, int):
+            return self.size, self.size
+        rows, columns = self.size.grid(header)
+        return rows * self.size.patch, columns * self.size.patch
 
 
 def probe_image(file: bytes | BinaryIO, where: str, max_pixels: int) -> ImageHeader:
@@ -128,15 +164,16 @@ def decode_image(
     decoder: Decoder = "exact",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Encoded bytes to float32 [3, size, size], written into `out` where it is given.
+    """Encoded bytes to float32 [3, H, W] of the size that the transform says, or of `out`, into which they are written.
 
     `rng` draws crop and mirroring; without it the whole picture is used. Raises `DataError` for a damaged picture.
     """
     image = _open(data, where)
     try:
         box = None if rng is None or transform.crop >= 1 else draw_box(image.width, image.height, transform.crop, rng)
-        size = transform.size
-        pixels = square(image, size, box) if decoder == "exact" else _fast_square(image, data, size, box)
+        header = ImageHeader(image.width, image.height)
+        size = transform.pixels(header) if out is None else (out.shape[1], out.shape[2])
+        pixels = resize(image, size, box) if decoder == "exact" else _fast_resize(image, data, size, box)
     except Exception as error:
         raise DataError(f"{where}: the picture is damaged ({error})") from None
     if rng is not None and transform.flip and rng.random() < 0.5:
@@ -168,44 +205,45 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(
-    image: Image.Image | np.ndarray, size: int, box: Box | None = None, decoder: Decoder = "exact"
+def resize(
+    image: Image.Image | np.ndarray, size: tuple[int, int], box: Box | None = None, decoder: Decoder = "exact"
 ) -> np.ndarray:
-    """uint8 [size, size, 3]: a picture (or uint8 [H, W, 3]), or a box of it, resized by a bicubic filter.
+    """uint8 [*size, 3]: a picture (or uint8 [H, W, 3]), or a box of it, resized by a bicubic filter.
 
     `exact` is Pillow's filter, as published; `fast` is torch's, and cuts the box out first, in whole pixels.
     """
     if decoder == "exact":
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else _rgb(image)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+        return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))
     import torch
 
     pixels = image if isinstance(image, np.ndarray) else np.array(_rgb(image))
-    return _torch_square(torch.from_numpy(pixels).permute(2, 0, 1), size, box)
+    return _torch_resize(torch.from_numpy(pixels).permute(2, 0, 1), size, box)
 
 
-def _torch_square(pixels: "Tensor", size: int, box: Box | None) -> np.ndarray:
-    """uint8 [3, H, W] to [size, size, 3]."""
+def _torch_resize(pixels: "Tensor", size: tuple[int, int], box: Box | None) -> np.ndarray:
+    """uint8 [3, H, W] to [*size, 3]."""
     import torch
 
     if box is not None:
         left, top, right, bottom = (round(edge) for edge in box)
         pixels = pixels[:, top : max(top + 1, bottom), left : max(left + 1, right)]
-    resized = torch.nn.functional.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _fast_square(image: Image.Image, data: bytes, size: int, box: Box | None) -> np.ndarray:
-    """Like `square`, with a JPEG's own reduction where at least twice `size` is left."""
+def _fast_resize(image: Image.Image, data: bytes, size: tuple[int, int], box: Box | None) -> np.ndarray:
+    """Like `resize`, with a JPEG's own reduction where at least twice `size` is left."""
     if image.format == "JPEG":
         left, top, right, bottom = box or (0, 0, *image.size)
-        scale = next((s for s in (8, 4, 2) if min(right - left, bottom - top) >= 2 * s * size), 1)
+        reach = min((bottom - top) / size[0], (right - left) / size[1])
+        scale = next((s for s in (8, 4, 2) if reach >= 2 * s), 1)
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
             box = None if box is None else (left / scale, top / scale, right / scale, bottom / scale)
         elif image.mode in ("RGB", "L") and (pixels := _torchvision_jpeg(data)) is not None:
-            return _torch_square(pixels, size, box)
-    return square(image, size, box, "fast")
+            return _torch_resize(pixels, size, box)
+    return resize(image, size, box, "fast")
 
 
 def _torchvision_jpeg(data: bytes) -> "Tensor | None":
@@ -222,12 +260,12 @@ def _torchvision_jpeg(data: bytes) -> "Tensor | None":
 def normalise(pixels: np.ndarray, transform: ImageTransform, out: np.ndarray | None = None) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [3, H, W], (pixels / 255 - mean) / std, in place of `out` where it is given.
 
-    The factor 1/255 and the order of operations are torch's, for equality to the last bit.
+    The operations and their order are those of torchvision's `ToTensor` and `Normalize`, for equality to the last bit.
     """
     if out is None:
         out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
     assert out.dtype == np.float32 and out.shape == (3, *pixels.shape[:2]), (out.dtype, out.shape, pixels.shape)
-    np.multiply(pixels.transpose(2, 0, 1), np.float32(1 / 255), out=out)
+    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=out)
     out -= np.array(transform.mean, dtype=np.float32)[:, None, None]
     out /= np.array(transform.std, dtype=np.float32)[:, None, None]
     return out

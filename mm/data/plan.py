@@ -80,7 +80,10 @@ def make_plan(path: Path, scans: dict[str, list[Path]], settings: PackSettings, 
             mine = np.flatnonzero(columns_of["visit"] == visit)
             costs = np.stack([columns_of[budget][mine] for budget in settings.capacities], axis=1)
             rng = keyed_rng(settings.seed, "packs", name, visit)
-            packs = _near(pack(costs, list(settings.capacities.values())), costs, rng)
+            if settings.packing == "single":
+                packs = np.arange(len(mine))
+            else:
+                packs = _near(pack(costs, list(settings.capacities.values())), costs, rng)
             # Inside a pack samples stand in a drawn order, so that a row does not open with its longest sample.
             order = np.lexsort((rng.permutation(len(mine)), packs))
             media_bytes = np.bincount(packs, columns_of["media_bytes"][mine])

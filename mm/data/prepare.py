@@ -65,6 +65,7 @@ def pack_settings(data: DataConfig, split: Split, seed: int) -> PackSettings:
         too_long=data.too_long,
         max_bad_fraction=data.max_bad_fraction,
         limits=data.limits(),
+        packing=data.packing,
     )
 
 
@@ -297,7 +298,7 @@ def open_splits(
     opened = {split: PackedDataset(folder) for split, folder in folders.items()}
     settings = pack_settings(data, "train", seed)
     for dataset in opened.values():
-        dataset.require(layout, settings.context_length, settings.budgets)
+        dataset.require(layout, settings.context_length, settings.budgets, settings.packing)
     return opened
 
 

@@ -31,6 +31,14 @@ class Tokens:
     loss: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Special:
+    """One special token by its name. Text never becomes one: templates set them, and sources that follow a template."""
+
+    token: str
+    loss: bool = False
+
+
 class Stored(Protocol):
     """Bytes that lie in a shard and are read when they are asked for."""
 
@@ -71,7 +79,23 @@ class Choice:
     options: tuple[tuple[Text, ...], ...]
 
 
-Part = Text | Tokens | Media | Choice
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Opens a turn of a conversation: the parts up to the next one are what `role` says.
+
+    A sample without turns is a document. The layout's template says how turns are spelt (`mm.data.chat`).
+    """
+
+    role: Role
+
+
+Visible = Text | Tokens | Special | Media | Turn
+Part = Visible | Choice
+Chat = Literal["chatml", "release", "fixed", "plain"]
+"""How the turns of a conversation are spelt: see `mm.data.chat`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +105,15 @@ class Sample:
     id: str
     parts: tuple[Part, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    left_out: int = 0
+    """Media of the document that the source left out."""
 
-    def drawn(self, seed: int, visit: int) -> tuple[Text | Tokens | Media, ...]:
+    def drawn(self, seed: int, visit: int) -> tuple[Visible, ...]:
         """The parts with every choice made: a pure function of (seed, visit, id).
 
         Choices walk through a seeded permutation, so n visits see each of n options once.
         """
-        parts: list[Text | Tokens | Media] = []
+        parts: list[Visible] = []
         for part in self.parts:
             if isinstance(part, Choice):
                 order = keyed_rng(seed, self.id).permutation(len(part.options))

@@ -1,9 +1,9 @@
 """Scanning: one shard in, its segments out, as an Arrow file that planning and writing work from.
 
 A scan reads media headers and tokenises text; it decodes nothing. Of every segment it keeps all that a pack will hold,
-media apart: those stay where they are, by byte range, if that is a plain tar on this machine. What cannot be found
-again that way (base64 in JSON, rows of tables, gzipped or remote shards) is copied into a file beside the scan, so that
-writing packs reads at random from local files only.
+media apart: those stay where they are, by file and byte range, if that is a plain tar or a file of their own on this
+machine. What cannot be found again that way (base64 in JSON, rows of tables, gzipped or remote shards) is copied into a
+file beside the scan, so that writing packs reads at random from local files only.
 
     000012.arrow   a row per segment (SEGMENTS)
     000012.media   media that have no place of their own
@@ -15,17 +15,28 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from mm.data.chat import is_chat
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.sample import Sample
-from mm.data.shards import Extent
+from mm.data.shards import Extent, Placed
 from mm.data.sources import Source, sample_id
-from mm.data.tokens import COSTS, DoesNotFit, Segment, SegmentMedia, costs_of, join_units, read_units, split_units
+from mm.data.tokens import (
+    COSTS,
+    DoesNotFit,
+    Segment,
+    SegmentMedia,
+    costs_of,
+    join_units,
+    read_units,
+    split_turns,
+    split_units,
+)
 from mm.errors import DataError
 from mm.files import atomic
 
@@ -33,9 +44,9 @@ BATCH, BATCH_TOKENS = 1024, 1 << 22  # what is kept of segments before it is wri
 COUNTED = ("tokens", "loss_tokens", "inserted_tokens", *COSTS)
 MEDIUM = pa.struct(
     [
-        *((name, pa.string()) for name in ("kind", "ext", "plan")),
+        *((name, pa.string()) for name in ("kind", "ext", "plan", "file")),
         *((name, pa.int32()) for name in ("position", "length", "cost")),
-        *((name, pa.int64()) for name in ("offset", "size")),
+        *((name, pa.int64()) for name in ("offset", "size", "modified")),
         ("copied", pa.bool_()),
     ]
 )
@@ -51,8 +62,9 @@ SEGMENTS = pa.schema(
     ]
 )
 LEDGER = (
-    "samples", "filtered", "quarantined", "pieces", "too_long", "too_long_tokens", "segments", "segment_tokens",
-    "text_tokens", *(f"{kind}{what}" for kind in ("image", "audio", "video") for what in ("", "_tokens")),
+    "samples", "filtered", "quarantined", "left_out", "pieces", "too_long", "too_long_tokens", "segments",
+    "segment_tokens", "text_tokens",
+    *(f"{kind}{what}" for kind in ("image", "audio", "video") for what in ("", "_tokens")),
     "inserted_tokens", "loss_tokens", "masked_tokens",
 )  # fmt: skip
 
@@ -68,6 +80,7 @@ class PackSettings:
     too_long: str
     max_bad_fraction: float
     limits: Limits
+    packing: Literal["full", "single"] = "full"
 
     @property
     def capacities(self) -> dict[str, int]:
@@ -187,11 +200,11 @@ def _segments(
     if sample is None:
         return [], {"filtered": 1}
     found: list[tuple[str, int, Segment]] = []
-    counts = dict.fromkeys(LEDGER, 0)
+    counts = dict.fromkeys(LEDGER, 0) | {"left_out": sample.left_out}
     for visit in range(settings.visits):
         parts = sample.drawn(settings.seed, visit)
         units = read_units(parts, layout, sample.id, settings.limits)
-        whole = join_units(units, layout)
+        whole = join_units(units)
         costs = {"tokens": len(whole), **costs_of(whole.media)}
         over = [name for name, most in settings.capacities.items() if costs[name] > most]
         pieces = [whole]
@@ -205,7 +218,10 @@ def _segments(
             pieces = []
         if over and settings.too_long == "split":
             with contextlib.suppress(DoesNotFit):
-                pieces = split_units(units, layout, sample.id, settings.capacities)
+                if is_chat(parts):
+                    pieces = split_turns(parts, layout, sample.id, settings.limits, settings.capacities)
+                else:
+                    pieces = split_units(units, sample.id, settings.capacities)
         if not pieces:
             counts["too_long"] += 1
             counts["too_long_tokens"] += len(whole)
@@ -263,7 +279,7 @@ class _Rows:
 
     def _medium(self, one: SegmentMedia, copied: dict[int, int]) -> dict[str, Any]:
         data = one.media.data
-        in_place = self._stays and isinstance(data, Extent)
+        in_place = isinstance(data, Placed) or (self._stays and isinstance(data, Extent))
         if not in_place and id(data) not in copied:
             copied[id(data)] = self._copies.tell()
             self._copies.write(one.media.read())
@@ -271,10 +287,12 @@ class _Rows:
             "kind": one.kind,
             "ext": one.media.ext,
             "plan": json.dumps(one.plan) if one.plan else "",
+            "file": data.path if isinstance(data, Placed) else None,
+            "modified": data.modified if isinstance(data, Placed) else None,
             "position": one.position,
             "length": one.length,
             "cost": one.cost,
-            "offset": data.offset if isinstance(data, Extent) and in_place else copied[id(data)],
+            "offset": data.offset if in_place and isinstance(data, Extent | Placed) else copied[id(data)],
             "size": one.media.size,
             "copied": not in_place,
         }

@@ -28,7 +28,7 @@ from mm.data.remote import expand_remote, is_remote
 from mm.errors import DataError
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-EXTENSIONS = re.compile(r"\.(tar|tgz|tar\.gz|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow|npy|bin|txt|md)$")
+EXTENSIONS = re.compile(r"\.(tar|tgz|tar\.gz|jsonl?|jsonl?\.gz|jsonl?\.zst|parquet|arrow|npy|bin|txt|md)$")
 BLOCK = 512
 CHUNK = 1 << 20
 EXTENDED = (
@@ -48,10 +48,15 @@ AGAIN = "fetch or build the shard again"
 
 
 class _View(io.RawIOBase):
-    """A byte range of an open file as a file of its own."""
+    """A byte range of an open file as a file of its own. `owned`: it closes that file."""
 
-    def __init__(self, handle: int, offset: int, size: int) -> None:
-        self._handle, self._offset, self._size, self._at = handle, offset, size, 0
+    def __init__(self, handle: int, offset: int, size: int, owned: bool = False) -> None:
+        self._handle, self._offset, self._size, self._at, self._owned = handle, offset, size, 0, owned
+
+    def close(self) -> None:
+        if self._owned and not self.closed:
+            os.close(self._handle)
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -95,6 +100,32 @@ class Extent:
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_View(self.file.fileno(), self.offset, self.size), 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Bytes that lie in another file than the shard: in one of their own, or a tar. Opened when they are asked for.
+
+    `modified`: when that file was changed last, in nanoseconds; what has been changed since is not read.
+    """
+
+    path: str
+    offset: int
+    size: int
+    modified: int
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_mtime_ns != self.modified:
+                    raise DataError(f"{self.path}: was changed after it had been scanned; pack the data set again")
+                return Extent(file, self.path, self.offset, self.size).read()
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: is gone since it was scanned; pack the data set again") from None
+
+    def open(self) -> BinaryIO:
+        handle = os.open(self.path, os.O_RDONLY)
+        return io.BufferedReader(_View(handle, self.offset, self.size, owned=True), 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +174,7 @@ def expand(path: str, root: str = "") -> list[str]:
     """
     if path.startswith("pipe:"):
         raise DataError(f"{path}: pipe: URLs run shell commands and are refused; give the files themselves")
-    if "{root}" in path and not root:
-        raise DataError(f"{path}: data.root is not set; give it, or a path without {{root}}")
-    text = os.path.expanduser(path.replace("{root}", root))
+    text = _in_root(path, root)
     if text.startswith("builtin:"):
         name, _, rest = text.removeprefix("builtin:").partition("/")
         try:
@@ -163,6 +192,12 @@ def expand(path: str, root: str = "") -> list[str]:
     if not found:
         raise DataError(f"{path}: no shard matches (a range counts from the smaller to the larger number)")
     return found
+
+
+def _in_root(path: str, root: str) -> str:
+    if "{root}" in path and not root:
+        raise DataError(f"{path}: data.root is not set; give it, or a path without {{root}}")
+    return os.path.expanduser(path.replace("{root}", root))
 
 
 def _local(one: str, path: str) -> list[str]:
@@ -245,7 +280,8 @@ class Tar:
         self.name = stem(path)
         self._problem: str | None = None
         self._file: IO[bytes] = open(path, "rb")
-        if self._file.read(2) == b"\x1f\x8b":
+        self.is_compressed = self._file.read(2) == b"\x1f\x8b"
+        if self.is_compressed:
             self._file.seek(0)
             with self._file as packed:
                 self._file = self._decompressed(packed)
@@ -282,7 +318,7 @@ class Tar:
         """
         seen = set[str]()
         key, members, apart = "", dict[str, Extent | bytes](), False
-        for found in self._members():
+        for found in self.members():
             if isinstance(found, DataError):
                 yield found
                 continue
@@ -311,7 +347,8 @@ class Tar:
         if members:
             yield Group(self, key, members)
 
-    def _members(self) -> Iterator[tuple[str, Extent] | DataError]:
+    def members(self) -> Iterator[tuple[str, Extent] | DataError]:
+        """Every plain file by its name, in order."""
         if self._problem:
             yield DataError(self._problem)
         size = self._file.seek(0, os.SEEK_END)
@@ -396,6 +433,21 @@ class Tar:
         return None
 
 
+def place_members(path: str) -> dict[str, Placed]:
+    """Where the members of a tar on this machine lie. Raises `DataError` where it is compressed or damaged."""
+    with Tar(path) as tar:
+        if tar.is_compressed:
+            raise DataError(f"{path}: members of compressed tars have no place to be read from; decompress it")
+        modified = os.stat(path).st_mtime_ns
+        found: dict[str, Placed] = {}
+        for member in tar.members():
+            if isinstance(member, DataError):
+                raise member
+            name, extent = member
+            found[name] = Placed(os.path.abspath(path), extent.offset, extent.size, modified)
+        return found
+
+
 class TextFile:
     """A text as it stands in a file: one sample, whose member `txt` is all of it."""
 
@@ -414,12 +466,49 @@ class TextFile:
         yield Group(self, "0", {"txt": Extent(self._file, self.path, 0, os.fstat(self._file.fileno()).st_size)})
 
 
+class Folder:
+    """Files in a folder whose names end alike, in the order of their names: a group each, by its name less that."""
+
+    def __init__(self, path: str, suffix: str) -> None:
+        self.path = path
+        self.name = PurePosixPath(path).name
+        self._suffix = suffix
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def groups(self) -> Iterator[Group | DataError]:
+        ext = self._suffix.rpartition(".")[2]
+        for name in sorted(os.listdir(self.path)):
+            path = os.path.join(self.path, name)
+            if name.endswith(self._suffix) and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    extent = Extent(file, path, 0, os.fstat(file.fileno()).st_size)
+                    yield Group(self, name.removesuffix(self._suffix), {ext: extent})
+
+
+def folders_with(suffix: str, path: str, root: str = "") -> list[str]:
+    """The folders, in and below those that a path names (see `expand`), that hold files whose names end so."""
+    found = [
+        folder
+        for top in sorted(glob.glob(_in_root(path, root)))
+        for folder, _, names in os.walk(top)
+        if any(name.endswith(suffix) for name in names)
+    ]
+    if not found:
+        raise DataError(f"{path}: no folder there holds files *{suffix}; looked for them at every depth")
+    return sorted(found)
+
+
 def open_shard(path: str, limits: Limits) -> Shard:
     """A shard by its file name: a tar, a text, or a table (`mm.data.tables`).
 
     Raises `DataError` where nothing of it can be read.
     """
-    if re.search(r"\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow)$", path):
+    if re.search(r"\.(jsonl?|jsonl?\.gz|jsonl?\.zst|parquet|arrow)$", path):
         from mm.data.tables import open_table
 
         return open_table(path, limits)

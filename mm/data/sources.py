@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from mm.data.audio import AUDIO_EXTENSIONS
 from mm.data.limits import Limits
-from mm.data.media import IMAGE_EXTENSIONS
+from mm.data.media import IMAGE_EXTENSIONS, probe_image
 from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Text, Tokens
 from mm.data.shards import Group, Shard, expand, open_shard
 from mm.data.tables import TokenFile
@@ -54,8 +54,8 @@ class FilesConfig(KindSection):
 
     path: str
     """Shards: `{root}/ccs/{00000..00851}.tar`, `*`, `s3:// gs:// hf:// http(s)://`, `builtin:emoji/train-*.tar.gz`.
-    Tars, jsonl (also .gz and .zst), parquet, folders saved by Hugging Face's `datasets`; texts in .txt and .md; token
-    ids in .npy and .bin."""
+    Tars, jsonl and arrays of json (also .gz and .zst), parquet, folders saved by Hugging Face's `datasets`; texts in
+    .txt and .md; token ids in .npy and .bin."""
     name: str = ""
     """Its name in counts, mixtures and sample ids; by default the folder that the shards are in."""
     columns: dict[str, str] = {}
@@ -129,9 +129,7 @@ class TemplatesSource(FilesSource):
         self._prompt, self._learned, self._only = config.prompt, learned, config.only
 
     def _wanted(self, fields: Fields) -> bool:
-        return all(
-            fields.get(name) in (value if isinstance(value, list) else [value]) for name, value in self._only.items()
-        )
+        return is_wanted(fields, self._only)
 
     def _texts(self, fields: Fields, where: str, limits: Limits) -> tuple[Text, ...]:
         given = _Given((key, value) for key, value in fields.items() if value is not None)
@@ -149,7 +147,16 @@ class TemplatesSource(FilesSource):
         return tuple(check_text(part, where) for part in texts)
 
 
-class CaptionsConfig(TextTemplates):
+class PairsConfig(TextTemplates):
+    """A medium and its text: what pictures, recordings and clips have in common."""
+
+    caption: str = "{text}"
+    """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
+    captions: Literal["draw", "all"] = "draw"
+    """`draw`: one of the captions a visit; `all`: every caption is a sample of its own."""
+
+
+class CaptionsConfig(PairsConfig):
     """Picture and caption pairs in the img2dataset layout: `KEY.jpg|png|webp` with `KEY.txt` and/or `KEY.json`.
 
     The JSON may hold `captions`, a list of texts or of objects with a `text` (several captions for one picture), or
@@ -157,16 +164,14 @@ class CaptionsConfig(TextTemplates):
     """
 
     kind: str = "captions"
-    caption: str = "{text}"
-    """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
-    captions: Literal["draw", "all"] = "draw"
-    """`draw`: one of the captions a visit; `all`: every caption is a sample of its own."""
+    min_side: int = Field(default=1, ge=1)
+    """Pictures with a shorter side, in pixels, are left out, and counted as `filtered`. Open-Qwen2VL: 2."""
 
     def build(self, root: str) -> "Pairs":
-        return Pairs(self, "image", root)
+        return Pairs(self, "image", root, min_side=self.min_side)
 
 
-class AudioConfig(CaptionsConfig):
+class AudioConfig(PairsConfig):
     """Recordings with text or labels: `KEY.flac|wav|ogg|mp3` with `KEY.txt` and/or `KEY.json`.
 
     Captions are given as for pictures. Labels are fields of the JSON, for the template:
@@ -179,7 +184,7 @@ class AudioConfig(CaptionsConfig):
         return Pairs(self, "audio", root)
 
 
-class VideoConfig(CaptionsConfig):
+class VideoConfig(PairsConfig):
     """Clips with text: `KEY.mp4|webm|mkv|mov|avi` with `KEY.txt` and/or `KEY.json`, captions as for pictures."""
 
     kind: str = "video"
@@ -187,15 +192,15 @@ class VideoConfig(CaptionsConfig):
     """Every entry of `timed` in the JSON (`{start, end, text}`, in seconds) is a sample: that part with that text."""
 
     def build(self, root: str) -> "Pairs":
-        return Pairs(self, "video", root, self.timed)
+        return Pairs(self, "video", root, timed=self.timed)
 
 
 class Pairs(TemplatesSource):
     """One medium and its text. See `CaptionsConfig`, `AudioConfig`, `VideoConfig`."""
 
-    def __init__(self, config: CaptionsConfig, kind: MediaKind, root: str, timed: bool = False) -> None:
+    def __init__(self, config: PairsConfig, kind: MediaKind, root: str, timed: bool = False, min_side: int = 1) -> None:
         super().__init__(config, config.caption, root)
-        self._kind, self._all, self._timed = kind, config.captions == "all", timed
+        self._kind, self._all, self._timed, self._min_side = kind, config.captions == "all", timed, min_side
 
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
         id = sample_id(self.name, group)
@@ -213,7 +218,7 @@ class Pairs(TemplatesSource):
                 if self._wanted(one)
             ]
         captions = [one for one in self._captions(group, fields, where, limits) if self._wanted(one)]
-        if not captions:
+        if not captions or is_small(media, self._min_side, where, limits):
             return []  # left out, and counted so
         options = tuple(self._texts({**fields, **caption}, where, limits) for caption in captions)
         if self._all and len(options) > 1:
@@ -322,6 +327,19 @@ class TokenDocuments(FilesSource):
         return [Sample(id, (Tokens(ids),))]
 
 
+def is_wanted(fields: Fields, only: dict[str, str | list[str]]) -> bool:
+    """Whether every field that is asked for has a value that is asked for."""
+    return all(fields.get(name) in (value if isinstance(value, list) else [value]) for name, value in only.items())
+
+
+def is_small(part: Part, min_side: int, where: str, limits: Limits) -> bool:
+    """Whether it is a picture with a shorter side than that, in pixels. Raises `DataError` for an unreadable one."""
+    if min_side == 1 or not isinstance(part, Media) or part.kind != "image":
+        return False
+    header = probe_image(part.open(), where, limits.pixels)
+    return min(header.width, header.height) < min_side
+
+
 def sample_id(source: str, group: Group) -> str:
     """How a sample is called from here on, and what it is called when it cannot be used."""
     return f"{source}/{group.shard.name}/{group.key}"
@@ -381,6 +399,8 @@ SOURCES = Kinds(
     {
         "captions": "mm.data.sources:CaptionsConfig",
         "interleaved": "mm.data.interleaved:InterleavedConfig",
+        "packed_json": "mm.data.interleaved:PackedJsonConfig",
+        "conversations": "mm.data.conversations:ConversationsConfig",
         "text": "mm.data.sources:TextConfig",
         "audio": "mm.data.sources:AudioConfig",
         "video": "mm.data.sources:VideoConfig",

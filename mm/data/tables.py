@@ -1,12 +1,14 @@
-"""Tables as shards: jsonl (plain, gz, zst), parquet, Arrow files of Hugging Face data sets, and files of token ids.
+"""Tables as shards: jsonl and json (plain, gz, zst), parquet, Arrow files of Hugging Face data sets, token ids.
 
 A row is a group: plain columns become its `fields`, binary columns and `{bytes, path}` structs (pictures, sound) its
 members. Rows are read a few at a time, so memory does not grow with the file.
 """
 
+import codecs
 import contextlib
 import gzip
 import io
+import json
 import os
 import re
 import tokenize
@@ -19,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mm.data.limits import Limits
-from mm.data.shards import AGAIN, ALWAYS_ALLOWED, MAX_GROWTH, Extent, Group, Shard, stem
+from mm.data.shards import AGAIN, ALWAYS_ALLOWED, CHUNK, MAX_GROWTH, Extent, Group, Shard, stem
 from mm.errors import DataError
 
 ROWS = 64  # read at once
+BETWEEN = re.compile(r"\s*,?\s*")  # rows of a JSON array
 BROKEN = (OSError, pa.ArrowException, ValueError, LookupError, TypeError, OverflowError)  # what Arrow says of damage
 SIGNATURES = (
     (rb"\xff\xd8\xff", "jpg"), (rb"\x89PNG", "png"), (rb"RIFF....WEBP", "webp"), (rb"RIFF....WAVE", "wav"),
@@ -35,7 +38,7 @@ def open_table(path: str, limits: Limits) -> Shard:
     """Raises `DataError` where nothing of it can be read."""
     if path.endswith((".parquet", ".arrow")):
         return Table(path)
-    return JsonLines(path, limits)
+    return JsonArray(path, limits) if re.search(r"\.json(\.gz|\.zst)?$", path) else JsonLines(path, limits)
 
 
 def _line(error: Exception) -> str:
@@ -51,6 +54,7 @@ class JsonLines:
         self.name = stem(path)
         self._most = limits.json_bytes
         self._read, self._growth = 0, max(ALWAYS_ALLOWED, MAX_GROWTH * os.path.getsize(path))
+        self._through = 0  # lines or rows
         self._file: Any
         if path.endswith(".zst"):
             self._file = io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), "zstd"))
@@ -64,16 +68,8 @@ class JsonLines:
         self._file.close()
 
     def groups(self) -> Iterator[Group | DataError]:
-        number = -1
         try:
-            while line := self._readline(self._most + 1):
-                number += 1
-                if len(line) > self._most:
-                    while line and not line.endswith(b"\n"):
-                        line = self._readline(1 << 20)
-                    yield DataError(f"{self.path}: line {number + 1} has over data.max_json_bytes = {self._most} bytes")
-                elif line.strip():
-                    yield Group(self, str(number), {"json": line})
+            yield from self._rows()
         except EOFError:
             yield DataError(f"{self.path}: truncated: the compressed stream ends early; {AGAIN}")
         except DataError as error:
@@ -81,14 +77,82 @@ class JsonLines:
         except (OSError, zlib.error, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # not the file's fault
-            yield DataError(f"{self.path}: damaged after line {number + 1} ({_line(error)}); {AGAIN}")
+            yield self._damaged(_line(error))
 
-    def _readline(self, most: int) -> bytes:
-        line: bytes = self._file.readline(most)
-        self._read += len(line)
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self.path}: damaged after line {self._through} ({how}); {AGAIN}")
+
+    def _rows(self) -> Iterator[Group | DataError]:
+        while line := self._counted(self._file.readline(self._most + 1)):
+            self._through += 1
+            if len(line) > self._most:
+                while line and not line.endswith(b"\n"):
+                    line = self._counted(self._file.readline(1 << 20))
+                yield DataError(f"{self.path}: line {self._through} has over data.max_json_bytes = {self._most} bytes")
+            elif line.strip():
+                yield Group(self, str(self._through - 1), {"json": line})
+
+    def _counted(self, data: bytes) -> bytes:
+        """What was read, if the stream has not grown too much."""
+        self._read += len(data)
         if self._read > self._growth:
             raise DataError(f"{self.path}: its stream grows past {self._growth:,} bytes; refused as a bomb")
-        return line
+        return data
+
+
+class JsonArray(JsonLines):
+    """Objects in one JSON array, however long, or one behind the other; parsed as they are read, a row at a time."""
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self.path}: damaged after {self._through} rows ({how}); {AGAIN}")
+
+    def _rows(self) -> Iterator[Group | DataError]:
+        for row in self._values():
+            self._through += 1
+            if isinstance(row, dict):
+                yield Group(self, str(self._through - 1), {}, row)
+            else:
+                yield DataError(f"{self.path}: row {self._through} is a {type(row).__name__}, expected an object")
+
+    def _values(self) -> Iterator[Any]:
+        decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        scan = json.JSONDecoder().raw_decode
+        text, at, chunk = "", 0, CHUNK
+        in_array: bool | None = None
+        ended = False
+        while True:
+            at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if at < len(text) and in_array is None:
+                in_array = text[at] == "["
+                at += in_array
+                continue
+            if in_array and text[at : at + 1] == "]":
+                return
+            if at < len(text):
+                try:
+                    value, at = scan(text, at)
+                except (ValueError, RecursionError) as error:
+                    if ended or isinstance(error, RecursionError):
+                        raise self._damaged(getattr(error, "msg", _line(error))) from None
+                else:
+                    yield value
+                    chunk = CHUNK
+                    continue
+            elif ended:
+                if in_array:
+                    raise self._damaged("truncated: its array does not end")
+                return
+            # More of the row: twice as much every time, since it is parsed from its start again.
+            if len(text) - at > self._most:
+                raise DataError(
+                    f"{self.path}: row {self._through + 1} has over data.max_json_bytes = {self._most} bytes"
+                )
+            data = self._counted(self._file.read(chunk))
+            chunk, ended = 2 * chunk, not data
+            try:
+                text, at = text[at:] + decode(data, final=ended), 0
+            except UnicodeDecodeError:
+                raise self._damaged("not UTF-8") from None
 
 
 class Table:

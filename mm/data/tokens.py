@@ -1,21 +1,24 @@
 """A Sample laid out as Segments: token ids, with placeholder runs where media go.
 
 The number of placeholder positions comes from the media header, so counting never decodes. A sample is one segment,
-or, where it is longer than a row and may be split, several: cut between sentences where it can be, never in media.
+or, where it is longer than a row and may be split, several: a document is cut between sentences where it can be, never
+in media; a conversation between an answer and the next question.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from mm.data.audio import planned_samples, probe_audio
+from mm.data.chat import Spelt, is_chat, spell
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import probe_image
-from mm.data.sample import Media, MediaKind, Text, Tokens
+from mm.data.sample import Media, MediaKind, Special, Text, Tokens, Turn, Visible
 from mm.data.video import frame_times, probe_video
 from mm.errors import DataError
 
@@ -24,14 +27,14 @@ from mm.errors import DataError
 WORD = re.compile(r"\s+")
 ENDS = tuple(map(re.compile, (r"""[.!?]["')\]]*(?=\s)|[。！？]""", r"\n", r"\n[^\S\n]*\n")))
 COSTS = tuple(f"{kind}{what}" for kind in ("image", "audio", "video") for what in ("", "_tokens", "_cost"))
-Visible = Text | Tokens | Media
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentMedia:
     """Media of one segment: `length` placeholder positions from `position` on; `cost` in encoder tokens.
 
-    `plan`: what decoding is held to – `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds.
+    `plan`: what decoding is held to – `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds,
+    `{"grid": [rows, columns]}` of a picture in its own aspect ratio.
     """
 
     kind: MediaKind
@@ -52,7 +55,7 @@ class Segment:
     """Half-open spans of positions that the model learns to predict."""
     media: tuple[SegmentMedia, ...]
     inserted: int = 0
-    """Positions that the template put in: begin and end of text."""
+    """Special tokens that the template put in: begin and end of text, marks of turns."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,7 +68,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of text tokens, or one medium (`ids` are its placeholders).
+    """A run of text tokens, one medium (`ids` are its placeholders), or a special token of the template (`inserted`).
 
     `starts`: gives the character of `text` that each token starts at. `quality` [n]: how well the text may be cut
     before each token, 0 (inside a word) to 4 (a new paragraph).
@@ -77,6 +80,7 @@ class Unit:
     starts: Callable[[], list[int]] | None = None
     media: SegmentMedia | None = None
     quality: np.ndarray | None = None
+    inserted: bool = False
 
 
 class DoesNotFit(DataError):
@@ -86,30 +90,46 @@ class DoesNotFit(DataError):
 def make_segment(
     parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits, closed: bool = True
 ) -> Segment:
-    """Lay out drawn parts by the layout's template: bos, then the parts in order, then eos (unless not `closed`).
+    """Lay out drawn parts by the layout's template.
 
-    Text that follows media opens with `template.after_media`; adjacent text with the same `loss` is tokenised as one
-    run. The end-of-text token is a target wherever the last text is. Raises `DataError` for unreadable media.
+    A document is bos, the parts in order, eos. Text that follows media opens with `template.after_media`; adjacent text
+    with the same `loss` is tokenised as one run. The end-of-text token is a target wherever the last text is. A
+    conversation, which has a `Turn` among its parts, is what `mm.data.chat` makes of it. Not `closed`, the document or
+    the last turn is left open: a conversation that ends with `Turn("assistant")` is a prompt for an answer.
+
+    Raises `DataError` for unreadable media.
     """
-    return join_units(read_units(parts, layout, where, limits), layout, closed)
+    return join_units(read_units(parts, layout, where, limits, closed))
 
 
-def join_units(units: list[Unit], layout: Layout, closed: bool = True) -> Segment:
+def join_units(units: list[Unit]) -> Segment:
     """One segment of all units."""
-    return _join(units, layout, closed, _learns_end(units))
+    loss: list[tuple[int, int]] = []
+    media: list[SegmentMedia] = []
+    at = 0
+    for unit in units:
+        if unit.media is not None:
+            media.append(replace(unit.media, position=at))
+        if unit.loss and len(unit.ids):
+            start = loss.pop()[0] if loss and loss[-1][1] == at else at
+            loss.append((start, at + len(unit.ids)))
+        at += len(unit.ids)
+    ids = np.concatenate([unit.ids for unit in units]) if units else np.empty(0, dtype=np.int32)
+    return Segment(ids, tuple(loss), tuple(media), sum(unit.inserted for unit in units))
 
 
-def split_units(units: list[Unit], layout: Layout, where: str, capacities: Mapping[str, int]) -> list[Segment]:
-    """The same units as several segments, each within `capacities` (`tokens`, and media by `costs_of`'s names).
+def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) -> list[Segment]:
+    """The units of a document as several segments, each within `capacities` (`tokens`, media by `costs_of`'s names).
 
     Every piece opens with bos, the last ends with eos; together they hold every token once, in order. A medium that
     does not fit in a piece of its own raises `DoesNotFit`.
     """
-    template = layout.template
-    most = {**capacities, "tokens": capacities["tokens"] - (template.bos is not None) - (template.eos is not None)}
+    inner = [n for n, unit in enumerate(units) if not unit.inserted] or [0]
+    opening, closing = units[: inner[0]], units[inner[-1] + 1 :]
+    most = {**capacities, "tokens": capacities["tokens"] - len(opening) - len(closing)}
     pieces: list[list[Unit]] = [[]]
     left = dict(most)
-    for unit in units:
+    for unit in units[inner[0] : inner[-1] + 1]:
         rest: Unit | None = unit if len(unit.ids) or unit.media else None
         while rest is not None:
             costs = {"tokens": len(rest.ids), **costs_of([rest.media] if rest.media else [])}
@@ -127,8 +147,38 @@ def split_units(units: list[Unit], layout: Layout, where: str, capacities: Mappi
                 )
             pieces.append([])
             left = dict(most)
-    last = len(pieces) - 1
-    return [_join(piece, layout, number == last, _learns_end(units)) for number, piece in enumerate(pieces)]
+    return [join_units([*opening, *piece]) for piece in pieces[:-1]] + [join_units([*opening, *pieces[-1], *closing])]
+
+
+def split_turns(
+    parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits, capacities: Mapping[str, int]
+) -> list[Segment]:
+    """A conversation as several, each within `capacities`, cut between an answer and the next question.
+
+    Every piece opens with the system turn. The media of earlier pieces, which later questions may speak of, stand in
+    front of a piece's first question again. A question and its answer that do not fit raise `DoesNotFit`.
+    """
+    starts = [n for n, part in enumerate(parts) if isinstance(part, Turn) and part.role == "user"] or [0]
+    pieces: list[Segment] = []
+    said: tuple[Visible, ...] = ()
+    for start, end in pairwise([*starts, len(parts)]):
+        longer = said + parts[start:end]
+        piece = make_segment(parts[: starts[0]] + longer, layout, where, limits)
+        if said and _over(piece, capacities):
+            longer = (parts[start], *(part for part in said if isinstance(part, Media)), *parts[start + 1 : end])
+            piece = make_segment(parts[: starts[0]] + longer, layout, where, limits)
+        elif said:
+            pieces.pop()
+        if over := _over(piece, capacities):
+            raise DoesNotFit(f"{where}: a question with its answer takes more {over[0]} than {capacities[over[0]]}")
+        pieces.append(piece)
+        said = longer
+    return pieces
+
+
+def _over(segment: Segment, capacities: Mapping[str, int]) -> list[str]:
+    costs = {"tokens": len(segment), **costs_of(segment.media)}
+    return [name for name, most in capacities.items() if costs[name] > most]
 
 
 def costs_of(media: Iterable[SegmentMedia]) -> dict[str, int]:
@@ -141,15 +191,19 @@ def costs_of(media: Iterable[SegmentMedia]) -> dict[str, int]:
     return costs
 
 
-def read_units(parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits) -> list[Unit]:
+def read_units(
+    parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits, closed: bool = True
+) -> list[Unit]:
     """Text tokenised and media probed: all that laying out takes time for. Raises `DataError`."""
     units = []
-    for part in _text_runs(parts, layout.template.after_media):
+    for part in _spelt(parts, layout, where, closed):
         if isinstance(part, Media):
             one = _probe(part, layout, where, limits)
             units.append(Unit(np.full(one.length, layout.pad, dtype=np.int32), False, media=one))
+        elif isinstance(part, Special):
+            units.append(Unit(np.array([layout.tokenizer.id(part.token)], dtype=np.int32), part.loss, inserted=True))
         elif isinstance(part, Tokens):
-            if part.ids.min() < 0 or part.ids.max() >= len(layout.tokenizer):
+            if len(part.ids) and (part.ids.min() < 0 or part.ids.max() >= len(layout.tokenizer)):
                 raise DataError(
                     f"{where}: token ids from {part.ids.min()} to {part.ids.max()}; the tokenizer has "
                     f"{len(layout.tokenizer)}: it was tokenised for another model"
@@ -161,13 +215,26 @@ def read_units(parts: tuple[Visible, ...], layout: Layout, where: str, limits: L
     return units
 
 
+def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool) -> list[Spelt]:
+    """All that stands in the row, in order; neighbouring text of one `loss` joined."""
+    if is_chat(parts):
+        return _text_runs(spell(parts, layout, where, closed), "")
+    template = layout.template
+    spelt = _text_runs(parts, template.after_media)
+    if closed and template.eos is not None:
+        # The end of text is learned where the last text is.
+        spelt.append(Special(template.eos, next((p.loss for p in reversed(spelt) if not isinstance(p, Media)), True)))
+    return spelt if template.bos is None else [Special(template.bos), *spelt]
+
+
 def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentMedia:
     """Position 0; what the medium's header says it will take."""
     if media.size > limits.media_bytes:
         raise DataError(f"{where}: its {media.kind} has {media.size:,} bytes, over data.max_media_bytes")
     if media.kind == "image" and layout.image is not None:
-        length, cost = layout.image.count(probe_image(media.open(), where, limits.pixels))
-        return SegmentMedia(media.kind, 0, length, cost, media)
+        picture = probe_image(media.open(), where, limits.pixels)
+        length, cost = layout.image.count(picture)
+        return SegmentMedia(media.kind, 0, length, cost, media, layout.image.plan(picture))
     if media.kind == "audio" and layout.audio is not None:
         header = probe_audio(media.open(), where, limits.seconds)
         samples = planned_samples(header, layout.audio.sampling_rate, media.span, where)
@@ -180,40 +247,6 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
         length, cost = layout.video.count()
         return SegmentMedia(media.kind, 0, length, cost, media, {"times": [round(time, 6) for time in times]})
     raise DataError(f"{where}: the model takes no {media.kind}")
-
-
-def _learns_end(units: list[Unit]) -> bool:
-    """The end of text is learned where the last text is."""
-    return next((unit.loss for unit in reversed(units) if unit.media is None), True)
-
-
-def _join(units: list[Unit], layout: Layout, closed: bool, learns_end: bool) -> Segment:
-    template = layout.template
-    runs: list[np.ndarray] = []
-    loss: list[tuple[int, int]] = []
-    media: list[SegmentMedia] = []
-    at = inserted = 0
-
-    def put(ids: np.ndarray | list[int], learned: bool) -> None:
-        nonlocal at
-        runs.append(np.asarray(ids, dtype=np.int32))
-        if learned and len(ids):
-            start = loss.pop()[0] if loss and loss[-1][1] == at else at
-            loss.append((start, at + len(ids)))
-        at += len(ids)
-
-    if template.bos is not None:
-        put([layout.tokenizer.id(template.bos)], False)
-        inserted += 1
-    for unit in units:
-        if (one := unit.media) is not None:
-            media.append(replace(one, position=at))
-        put(unit.ids, unit.loss)
-    if closed and template.eos is not None:
-        put([layout.tokenizer.id(template.eos)], learns_end)
-        inserted += 1
-    ids = np.concatenate(runs) if runs else np.empty(0, dtype=np.int32)
-    return Segment(ids, tuple(loss), tuple(media), inserted)
 
 
 def _cut(unit: Unit, room: int, fresh: bool) -> tuple[Unit, Unit]:
@@ -248,10 +281,11 @@ def _cut_quality(unit: Unit) -> np.ndarray:
     return quality
 
 
-def _text_runs(parts: tuple[Visible, ...], after_media: str) -> list[Visible]:
+def _text_runs(parts: Iterable[Visible], after_media: str) -> list[Spelt]:
     """Parts with neighbouring text of one `loss` joined, and the template's break put after media."""
-    runs: list[Visible] = []
+    runs: list[Spelt] = []
     for part in parts:
+        assert not isinstance(part, Turn)
         before = runs[-1] if runs else None
         if isinstance(part, Text) and isinstance(before, Media):
             part = Text(after_media + part.text, part.loss)

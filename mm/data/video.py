@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from mm.data.media import Decoder, ImageTransform, draw_box, normalise, square
+from mm.data.media import Decoder, ImageTransform, draw_box, normalise, resize
 from mm.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def decode_video(
     A stream that ends up to 1 % early repeats its last frame. `rng` draws one crop and mirroring for the whole clip.
     `decoder` names the resizing, as for pictures. Raises `DataError` for what is damaged or ends earlier.
     """
+    assert isinstance(transform.size, int), "frames are squares"
     shape = (len(times), 3, transform.size, transform.size)
     if out is None:
         out = np.empty(shape, dtype=np.float32)
@@ -149,7 +150,7 @@ def decode_video(
                 height, width = image.shape[:2]
                 box = draw_box(width, height, transform.crop, rng) if transform.crop < 1 else None
                 mirrored = transform.flip and rng.random() < 0.5
-            pixels = square(image, transform.size, box, decoder)
+            pixels = resize(image, shape[2:], box, decoder)
             normalise(pixels[:, ::-1] if mirrored else pixels, transform, out[index])
             last = wanted, index
     return out

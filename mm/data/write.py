@@ -22,6 +22,7 @@ from mm.data.packed import INDEX, OPEN_FILES, Recent, checksum, join_segments, m
 from mm.data.plan import Plan
 from mm.data.sample import Media
 from mm.data.scan import COUNTED, Scan
+from mm.data.shards import Placed
 from mm.data.tokens import COSTS, Segment, SegmentMedia
 from mm.errors import DataError
 from mm.files import atomic
@@ -70,10 +71,10 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
             for entry in entries:
                 entry["checksum"] = checksum(read_range(written, entry["offset"], entry["length"]))
         files.check_unchanged()
-    for medium in (one for row in rows for one in row["media"] if one["copied"]):
-        medium["offset"] = None  # the copy goes when the set is whole
-    _write_part(work / "parts" / f"{number:06d}.plan", pa.Table.from_pylist(rows, schema=PLAN_ROWS))
-    _write_part(work / "parts" / f"{number:06d}.index", pa.Table.from_pylist(entries, schema=INDEX))
+    for medium in (one for row in rows for one in row["media"] if one["copied"] or one["file"]):
+        medium["offset"] = None  # it is not one in the shard; a copy goes when the set is whole
+    write_part(work / "parts" / f"{number:06d}.plan", pa.Table.from_pylist(rows, schema=PLAN_ROWS))
+    write_part(work / "parts" / f"{number:06d}.index", pa.Table.from_pylist(entries, schema=INDEX))
 
 
 def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
@@ -141,6 +142,8 @@ class _Files:
         return open(scan.copies if copied else scan.shard, "rb", buffering=0)
 
     def read(self, number: int, medium: dict[str, Any]) -> bytes:
+        if medium["file"] is not None:
+            return Placed(medium["file"], medium["offset"], medium["size"], medium["modified"]).read()
         file = self._open[number, medium["copied"]]
         data = read_range(file, medium["offset"], medium["size"])
         if len(data) != medium["size"]:
@@ -158,7 +161,7 @@ class _Files:
         self._open.close()
 
 
-def _write_part(path: Path, table: pa.Table) -> None:
+def write_part(path: Path, table: pa.Table) -> None:
     with atomic(path) as file, pa.ipc.new_file(file, table.schema) as out:
         out.write_table(table)
 

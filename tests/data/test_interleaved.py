@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm.data.interleaved import InterleavedConfig
+from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.sample import Media, Sample, Text
 from mm.data.shards import Group, Tar
+from mm.data.tokens import make_segment
 from mm.errors import DataError
 
 Members = dict[str, Any]
@@ -197,3 +200,123 @@ def test_nested_nonsense(read: Callable[..., Any], depth: int) -> None:
     for opening, closing in (("[", "]"), ('{"parts":', "}")):
         found = read({"json": f'{{"parts": {opening * depth}1{closing * depth}}}'.encode()})
         assert isinstance(found, DataError) and "\n" not in str(found) and len(str(found)) < 800
+
+
+Said = list[bytes | str]
+
+
+def published(said: Said) -> dict[str, Any]:
+    """A document of Open-Qwen2VL: `texts` and `image_info` side by side."""
+    pictures = [{"image_base64": base64.b64encode(one).decode()} if isinstance(one, bytes) else None for one in said]
+    return {"texts": [one if isinstance(one, str) else None for one in said], "image_info": pictures}
+
+
+def published_ids(said: Said, layout: Layout, token: str = "<|endofchunk|>") -> list[int]:
+    """As its packer joins and tokenises them, with `token` behind every text; -200 for a picture."""
+    corpus = "".join("<image>\n" if isinstance(one, bytes) else one + token for one in said)
+    backend = tokenizers.Tokenizer.from_str(layout.tokenizer.to_json())  # to which special tokens in a text are special
+    ids = [layout.tokenizer.id("<s>")]
+    for number, chunk in enumerate(corpus.split("<image>")):
+        ids += [-200] * bool(number) + backend.encode(chunk, add_special_tokens=False).ids
+    return [*ids, layout.tokenizer.id("<|im_end|>")]
+
+
+def ids_of(sample: Sample, layout: Layout) -> list[int]:
+    segment = make_segment(sample.drawn(0, 0), layout, "x", Limits())
+    ids = segment.ids.tolist()
+    for one in reversed(segment.media):
+        ids[one.position : one.position + one.length] = [-200]
+    learned = {place for start, stop in segment.loss for place in range(start, stop)}
+    masked = {0}.union(*(range(one.position, one.position + one.length) for one in segment.media))
+    assert learned == set(range(len(segment))) - masked, "all but the begin of text and pictures is learned"
+    return ids
+
+
+def test_joined_as_published(layout: Layout, read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    """With `end_of_chunk` the ids are those of Open-Qwen2VL's packer, whatever follows what."""
+    a, b, c = (picture(n, "JPEG") for n in range(3))
+    documents: list[Said] = [
+        [a, "First.", b, "Second. "], ["First.", "Second.", a], [a, b, "Third.", " Fourth.", c],
+        [a], ["Words."], [a, b],
+    ]  # fmt: skip
+    for said in documents:
+        found = read({"json": published(said)}, end_of_chunk="<|endofchunk|>")
+        assert ids_of(found, layout) == published_ids(said, layout)
+    assert parts(read({"json": published(["a", a, "b", "c"])})) == ["a", a, "b\n\nc"], "otherwise as paragraphs"
+
+
+def test_what_is_said_of_a_picture_that_is_not_there(read: Callable[..., Any]) -> None:
+    document = {"texts": ["a", "b"], "image_info": [{"raw_url": "http://a"}, {}]}
+    assert parts(read({"json": document})) == ["a\n\nb"]
+
+
+def test_pictures_of_a_line_are_left_out(
+    layout: Layout, read: Callable[..., Any], picture: Callable[..., bytes], tmp_path: Path, pack: Callable[..., Any]
+) -> None:
+    """With their place, in every layout, and counted; a document that is nothing else is filtered."""
+    a, flat, high = picture(0), picture(1, size=(9, 1)), picture(2, size=(1, 9))
+    said: Said = [flat, a, "Words.", high, "More."]
+    found = read({"json": published(said)}, min_side=2, end_of_chunk="<|endofchunk|>")
+    assert ids_of(found, layout) == published_ids([a, "Words.", "More."], layout) and found.left_out == 2
+    found = read({"a.png": a, "b.png": flat, "json": {"parts": [{"image": "a.png"}, {"image": "b.png"}]}}, min_side=2)
+    assert parts(found) == [a] and found.left_out == 1
+    path = tmp_path / "documents.jsonl"
+    path.write_text("\n".join(json.dumps(published(one)) for one in (said, [flat], [a, "Words."])))
+    dataset = pack(path, tmp_path / "out", layout, {"kind": "interleaved", "min_side": 2})
+    (ledger,) = dataset.about["ledger"].values()
+    assert [ledger[name] for name in ("samples", "filtered", "left_out", "image", "segments")] == [3, 1, 2, 2, 2]
+
+
+def write_packs(folder: Path, packs: list[list[Said]]) -> None:
+    """As `sequence_packing_image_to_json.py` writes them, a folder each."""
+    for tar, documents in enumerate(packs):
+        data = [{**published(said), "key": f"{n}", "uid": "0", "length": 150} for n, said in enumerate(documents)]
+        (folder / str(tar)).mkdir(parents=True)
+        (folder / str(tar) / f"{tar:032x}_packed.json").write_text(
+            json.dumps({"data": data, "lengths": [150] * len(data)})
+        )
+        (folder / f"{tar}_stats.json").write_text(json.dumps({"len": [300]}))
+
+
+def test_packs_in_json(
+    tmp_path: Path,
+    samples_in: Callable[..., Any],
+    layout: Layout,
+    picture: Callable[..., bytes],
+    pack: Callable[..., Any],
+) -> None:
+    """Every entry is a sample; documents with one picture have no `end_of_chunk`, as in the published loader."""
+    a, b, c, d = (picture(n, "JPEG") for n in range(4))
+    packs: list[list[Said]] = [[[a, "a cat"], [b, "a dog"]], [[c, "One.", d, "Two."]]]
+    write_packs(tmp_path / "ccs_json", packs)
+    source = {"kind": "packed_json", "end_of_chunk": "<|endofchunk|>"}
+    for tar, documents in enumerate(packs):
+        found = samples_in(tmp_path / "ccs_json" / str(tar), source)
+        assert [one.id for (one,) in found] == [f"s/{tar}/{tar:032x}#{n}" for n in range(len(documents))]
+        for (sample,), said in zip(found, documents, strict=True):
+            assert ids_of(sample, layout) == published_ids(said, layout, "" if len(said) == 2 else "<|endofchunk|>")
+            assert [part.read() for part in sample.parts if isinstance(part, Media)] == said[::2]
+    dataset = pack(tmp_path / "ccs_json", tmp_path / "out", layout, {**source, "name": "ccs"})
+    (ledger,) = dataset.about["ledger"].values()
+    assert [ledger[name] for name in ("samples", "image", "segments", "quarantined")] == [3, 4, 3, 0]
+
+
+def test_packs_in_json_that_are_none(
+    tmp_path: Path,
+    samples_in: Callable[..., Any],
+    picture: Callable[..., bytes],
+    pack: Callable[..., Any],
+    layout: Layout,
+) -> None:
+    """What is wrong with one entry does not cost the others; what is wrong with a file does not cost the next."""
+    write_packs(tmp_path / "x", [[[picture(1), "a"]]])
+    folder = tmp_path / "x" / "0"
+    for name, text in (("1", "{"), ("2", "[]"), ("3", "{}"), ("4", '{"data": {}}'), ("5", '{"data": [1, {}]}')):
+        (folder / f"{name}_packed.json").write_text(text)
+    (first,), *others = samples_in(folder, {"kind": "packed_json"})
+    assert parts(first) == [picture(1), "a"]
+    words = ["cannot be read", "is a list", "no `data`", "no `data`", "document 0 is a int", "neither `parts`"]
+    assert len(others) == 6 and all(word in str(error) for word, error in zip(words, others, strict=True))
+    assert all(f"{folder}/{n}_packed.json" in str(error) for n, error in zip("12345", others, strict=False))
+    with pytest.raises(DataError, match=r"nothing: no folder there holds files \*_packed\.json"):
+        pack(tmp_path / "nothing", tmp_path / "out", layout, {"kind": "packed_json"})

@@ -1,20 +1,23 @@
-"""Pictures: headers without decoding; pixels equal to torchvision's chain on the same Pillow image; fast ones near."""
+"""Pictures: headers without decoding; pixels equal to torchvision's chain on the same Pillow image; fast ones near;
+grids in a picture's own aspect ratio against a search over scales."""
 
 import io
+import math
 import struct
 import subprocess
 import sys
 import zlib
+from fractions import Fraction
 from multiprocessing import shared_memory
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
-from torchvision.transforms import v2
+from torchvision import transforms
 
-from mm.data.media import Decoder, ImageTransform, decode_image, draw_box, probe_image
+from mm.data.layout import NativeLayout
+from mm.data.media import Decoder, ImageHeader, ImageTransform, Native, decode_image, draw_box, probe_image
 from mm.data.sample import keyed_rng
 from mm.errors import DataError
 
@@ -35,12 +38,11 @@ MODES = [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("L", "PNG"), ("L", "
 @pytest.mark.parametrize(("mode", "format"), [*MODES, ("P", "PNG"), ("1", "PNG")])
 def test_pixels_are_those_of_the_published_preprocessing(mode: str, format: str) -> None:
     data = encoded(mode, format)
-    chain = v2.Compose(
+    chain = transforms.Compose(
         [
-            v2.Resize((16, 16), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.PILToTensor(),
-            v2.ToDtype(dtype=torch.float32, scale=True),
-            v2.Normalize(TRANSFORM.mean, TRANSFORM.std),
+            transforms.Resize((16, 16), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(TRANSFORM.mean, TRANSFORM.std),
         ]
     )
     expected = chain(Image.open(io.BytesIO(data)).convert("RGB")).numpy()
@@ -361,3 +363,82 @@ def test_fast_decoding_works_in_a_process_forked_after_torch_used_its_threads() 
         [sys.executable, "-c", FORKED], input=saved(photo((700, 600)), "JPEG"), capture_output=True, timeout=100
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def grid_by_search(width: int, height: int, patch: int, most: int) -> tuple[int, int]:
+    """The largest scale up to 1 at which the rounded sides stay within the budget, tried at every scale where one of
+    them changes, in exact fractions."""
+    sides = height, width
+    steps = {Fraction(1)} | {
+        Fraction((2 * k + 1) * patch, 2 * side) for side in sides for k in range(1, min(side // patch + 1, most + 1))
+    }
+    for scale in sorted((step for step in steps if step <= 1), reverse=True):
+        for below in (False, True):  # at this scale, and just under it, where this side rounds to less
+            grid = []
+            for side in sides:
+                patches = side * scale / patch
+                rounded = math.floor(patches + Fraction(1, 2))
+                grid.append(max(1, rounded - (below and patches + Fraction(1, 2) == rounded)))
+            if grid[0] * grid[1] <= most:
+                return grid[0], grid[1]
+    return 1, 1
+
+
+def test_a_grid_is_the_largest_scale_that_keeps_within_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    cases = [(384, 384, 14, 729), (378, 378, 14, 729), (1, 1, 16, 1), (4000, 3000, 14, 729), (10000, 3, 14, 729)]
+    cases += [(5, 9000, 16, 64), (100, 100, 16, 1), (24, 24, 16, 100), (3000, 20, 8, 9), (640, 480, 14, 10**6)]
+    for _ in range(300):
+        width, height = (int(2 ** rng.uniform(0, 11)) for _ in range(2))
+        cases.append((width, height, int(rng.choice([7, 8, 14, 16, 32])), int(rng.integers(1, 800))))
+    for width, height, patch, most in cases:
+        rows, columns = Native(patch, most).grid(ImageHeader(width, height))
+        assert (rows, columns) == grid_by_search(width, height, patch, most), (width, height, patch, most)
+        assert rows >= 1 and columns >= 1 and rows * columns <= most
+        # Never enlarged but by rounding, and turned pictures have turned grids.
+        assert rows * patch <= max(patch, height + patch / 2) and columns * patch <= max(patch, width + patch / 2)
+        turned = Native(patch, most).grid(ImageHeader(height, width))
+        assert turned == (columns, rows)
+    assert Native(14, 729).grid(ImageHeader(1000, 1000)) == (27, 27)
+    assert Native(14, 729).grid(ImageHeader(1600, 900)) == (20, 36)
+
+
+def test_counting_a_hostile_header_takes_no_time() -> None:
+    for size in ((10**8, 1), (1, 10**8), (2**31, 2**31)):
+        rows, columns = Native(14, 729).grid(ImageHeader(*size))
+        assert rows * columns <= 729
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_positions_are_windows_and_the_fullest_picture_is_whole_windows(pool: int) -> None:
+    transform = ImageTransform(Native(8, 50), (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+    layout = NativeLayout(pool, transform)
+    header = ImageHeader(50, 31)  # 6.25 by 3.9 patches
+    assert layout.plan(header) == {"grid": [4, 6]} and layout.shape(layout.plan(header)) == (3, 32, 48)
+    assert layout.count(header) == (math.ceil(4 / pool) * math.ceil(6 / pool), 24)
+    plan, length, cost = layout.largest()
+    rows, columns = plan["grid"]
+    assert rows % pool == columns % pool == 0 and (length, cost) == (rows * columns // pool**2, rows * columns)
+    whole = [(r, c) for r in range(pool, 51, pool) for c in range(pool, 51, pool) if r * c <= 50]
+    assert cost == max(r * c for r, c in whole)
+    assert layout.shape(layout.smallest()[0]) == (3, 8, 8) and layout.smallest()[1:] == (1, 1)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("size", [(90, 50), (50, 90), (700, 420), (7, 7)])
+def test_a_picture_keeps_its_aspect_ratio(size: tuple[int, int], decoder: Decoder) -> None:
+    transform = ImageTransform(Native(8, 24), (0.0,) * 3, (1.0,) * 3)  # type: ignore[arg-type]
+    image = photo(size) if min(size) > 20 else Image.effect_noise(size, 90).convert("RGB")
+    data = saved(image, "JPEG", quality=95, subsampling=0)
+    rows, columns = Native(8, 24).grid(probe_image(data, "s", 10**6))
+    found = decode_image(data, transform, "s", None, decoder)
+    assert found.shape == (3, 8 * rows, 8 * columns)
+    whole = Image.open(io.BytesIO(data)).resize((8 * columns, 8 * rows), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(found, expected, atol=1e-6 if decoder == "exact" else 25 / 255)
+    assert np.abs(found - expected).mean() < 3 / 255
+    # With a crop the box is resized to the same grid: what was planned from the header holds.
+    cropped = ImageTransform(Native(8, 24), (0.0,) * 3, (1.0,) * 3, crop=0.3)  # type: ignore[arg-type]
+    out = np.empty_like(found)
+    decode_image(data, cropped, "s", keyed_rng(1), decoder, out)
+    assert out.shape == found.shape and not np.array_equal(out, found)

@@ -60,7 +60,8 @@ def write(path: Path, rows: Rows, kind: str = "", batch: int = 70) -> Path:
             writer.write_table(table, max_chunksize=batch)
     else:
         pack: Callable[[bytes], bytes] = {".gz": gzip.compress, ".zst": zst}.get(path.suffix, bytes)
-        path.write_bytes(pack(jsonl(rows)))
+        array = json.dumps(rows, ensure_ascii=False).encode() if ".jsonl" not in path.name else jsonl(rows)
+        path.write_bytes(pack(array))
     return path
 
 
@@ -83,7 +84,7 @@ def told(found: Found) -> list[Any]:
 FORMATS = [("jsonl", ""), ("jsonl.gz", ""), ("jsonl.zst", ""), ("parquet", ""), ("arrow", "stream"), ("arrow", "file")]
 
 
-@pytest.mark.parametrize(("ext", "kind"), FORMATS)
+@pytest.mark.parametrize(("ext", "kind"), [*FORMATS, ("json", ""), ("json.gz", ""), ("json.zst", "")])
 @pytest.mark.parametrize("read_at_once", [64, 3])
 def test_a_table_is_what_a_tar_of_the_same_rows_is(
     tmp_path: Path,

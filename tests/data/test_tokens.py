@@ -29,7 +29,7 @@ def lay_out(layout: Layout, *parts: Text | Media, closed: bool = True) -> Segmen
 
 
 def split(parts: tuple[Text | Media | Tokens, ...], layout: Layout, capacities: dict[str, int]) -> list[Segment]:
-    return split_units(read_units(parts, layout, "s/0/k", LIMITS), layout, "s/0/k", capacities)
+    return split_units(read_units(parts, layout, "s/0/k", LIMITS), "s/0/k", capacities)
 
 
 @pytest.fixture
