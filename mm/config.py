@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from mm.data.config import DataConfig
 from mm.errors import ConfigError
 from mm.models.config import ModelConfig
-from mm.settings import Section
+from mm.settings import Section, merge
 from mm.train.config import EvaluationConfig, TrainConfig
 
 Keys = tuple[str | int, ...]
@@ -71,7 +71,7 @@ class RunConfig(Section):
         if not self.stages:
             return [self]
         base = {key: value for key, value in self.resolved().items() if key != "stages"}
-        return [RunConfig.model_validate(_merge(base, stage.settings())) for stage in self.stages]
+        return [RunConfig.model_validate(merge(base, stage.settings())) for stage in self.stages]
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -85,7 +85,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     problems = [] if config.stages else contradictions(config)
     for number in range(len(config.stages)):
         settings = tree["stages"][number]
-        whole = _merge(
+        whole = merge(
             {key: value for key, value in tree.items() if key != "stages"}, StageConfig(**settings).settings()
         )
         at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
@@ -156,7 +156,8 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         "evaluation.every",
         "there is no data.validation to evaluate on; give it, or set evaluation.every=0",
     )
-    tokens = getattr(getattr(config.model, "connector", None), "tokens", 0)
+    connector = getattr(config.model, "connector", None)
+    tokens = getattr(connector, "tokens", 0) if getattr(connector, "pool", None) is None else 0
     rule(
         tokens >= data.context_length,
         "data.context_length",
@@ -202,7 +203,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key
     if parent is None:
         return tree, origins
     base, base_origins = _read(path.parent / str(parent), (*chain, here))
-    return _merge(base, tree), {**base_origins, **origins}
+    return merge(base, tree), {**base_origins, **origins}
 
 
 def _plain(node: yaml.Node, path: Path, keys: Keys, origins: dict[Keys, str]) -> Any:
@@ -225,15 +226,6 @@ def _plain(node: yaml.Node, path: Path, keys: Keys, origins: dict[Keys, str]) ->
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{origins[keys]}: {_dotted(keys)}: {error}") from None
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: mappings merge; another `kind`, a list or a plain value replaces."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    if "kind" in over and over["kind"] != base.get("kind", over["kind"]):
-        return over
-    return {key: _merge(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
 
 
 def _override(tree: dict[str, Any], origins: dict[Keys, str], text: str) -> None:
@@ -262,7 +254,7 @@ def _override(tree: dict[str, Any], origins: dict[Keys, str], text: str) -> None
             raise ConfigError(f"{text!r}: {_dotted(tuple(keys))} is a single value and has no {part!r}")
         keys.append(step)
         if last:
-            at[step] = _merge(there, new)
+            at[step] = merge(there, new)
         else:
             if there is None:
                 there = at[step] = {}

@@ -1,10 +1,13 @@
-"""`mm.load`: a run, or one of its checkpoints, back as a model; `export`: out again in a published format."""
+"""`mm.load`: a run, one of its checkpoints, or a published model; `export`: out again in a published format."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mm.config import RunConfig, load_config
+from pydantic import ValidationError
+
+from mm.config import load_config
 from mm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,56 +15,114 @@ if TYPE_CHECKING:
     from mm.models.system import System
 
 
-def load(path: Path | str, device: str = "auto") -> "tuple[System, Layout, RunConfig]":
-    """The model of a run folder (its newest checkpoint) or of one checkpoint folder, in evaluation mode.
+@dataclass(frozen=True, slots=True)
+class ReleaseConfig:
+    """What is known of a published model, in the place of a run's config."""
 
-    Where the run keeps averaged weights they are taken; adapters are merged.
+    model: Any
+    """An `OpenQwen2VLConfig`."""
+
+
+def load(
+    path: Path | str, device: str = "auto", template: str | None = None, tokens: int | None = None
+) -> "tuple[System, Layout, Any]":
+    """A model in evaluation mode, with what is needed to write for it.
+
+        mm.load("runs/mine")                       a run (its newest checkpoint), or one checkpoint
+        mm.load("weizhiwang/Open-Qwen2VL")         a release of Open-Qwen2VL, by its name on the hub or its folder
+        mm.load("exported")                        a LLaVA folder with a SigLIP tower, such as `mm export` writes
+
+    Of a run, averaged weights are taken where it keeps them; adapters are merged.
+
+    Args:
+        template: another chat template than the model's: `chatml`, `release`, `fixed` or `plain`. Of a release the
+            default is what its folder says (those that `mm export` wrote), else `release`, or `chatml` for one that
+            was pre-trained only.
+        tokens: another number of positions that a picture takes; a pooling connector's weights do not depend on it.
 
     Returns:
-        The system, its layout (tokenizer, template, transforms), and the run's config; of a run in stages, that of the
-        checkpoint's stage.
+        The system, its layout (tokenizer, template, transforms), and the run's config (of a run in stages, that of the
+        checkpoint's stage), or a `ReleaseConfig`; either has `.model`.
 
     Raises:
-        CheckpointError: there is none, or it is of another model than the config beside it says.
+        CheckpointError: there is none, or its tensors are not those of the model that the config beside it describes.
     """
+    from mm.models import released
     from mm.train import checkpoint
     from mm.train.distributed import resolve_device
     from mm.train.stages import trained_system
 
-    folder = checkpoint.find(Path(path))
-    stage = checkpoint.read_state(folder)["progress"]["stage"]
-    config = load_config(folder.parent.parent / "config.yaml").stage_runs()[stage]
-    system = trained_system(config, folder).to(resolve_device(device))
-    return system.eval(), config.model.layout(), config
+    config: Any
+    if released.find(path) is not None:
+        from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
+
+        config = ReleaseConfig(_changed(OpenQwen2VLConfig.model_validate({"released": str(path)}), template, tokens))
+        system = config.model.build()
+    else:
+        folder = checkpoint.find(Path(path))
+        stage = checkpoint.read_state(folder)["progress"]["stage"]
+        config = load_config(folder.parent.parent / "config.yaml").stage_runs()[stage]
+        config = config.model_copy(update={"model": _changed(config.model, template, tokens)})
+        system = trained_system(config, folder)
+    return system.to(resolve_device(device)).eval(), config.model.layout(), config
 
 
-def export(path: Path | str, out: Path) -> str | None:
-    """Write the model of a run or checkpoint into the folder `out`, which appears whole or not at all.
+def _changed(model: Any, template: str | None, tokens: int | None) -> Any:
+    """A model's section with another template or number of tokens. Raises `ConfigError`."""
+    values = model.model_dump()
+    if template is not None:
+        values["template"]["chat"] = template
+    if tokens is not None:
+        if "connector" not in values:
+            raise ConfigError(f"tokens: a {model.kind} model takes no pictures")
+        values["connector"] |= {"tokens": tokens, "pool": None}
+    try:
+        return type(model).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from None
 
-    A text_lm becomes a plain transformers folder.
+
+def export(
+    path: Path | str, out: Path, to: str | None = None, template: str | None = None, tokens: int | None = None
+) -> str | None:
+    """Write the model of a run, checkpoint or release into the folder `out`, which appears whole or not at all.
+
+    Args:
+        to: `transformers`, a plain folder of a text_lm; `prismatic`, as Open-Qwen2VL was released; `hf-llava`, for
+            stock transformers. Needed where a model fits several.
+        template, tokens: as in `load`.
 
     Returns:
         What a user of the folder has to know, if anything.
 
     Raises:
-        ConfigError: the model is of another kind, or `out` is there.
+        ConfigError: the model does not fit the format, or `out` is there.
         CheckpointError: there is none.
     """
-    from mm.models.released import transformers
-    from mm.models.systems.text_lm.model import TextLM
+    from mm.models.released import FORMATS, llava, prismatic, transformers
 
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another --out or remove it")
-    system, layout, config = load(path, device="cpu")
-    if not isinstance(system, TextLM):
-        raise ConfigError(
-            f"{path}: a {config.model.kind} model; only text_lm can be exported yet (`mm checkpoint merge` writes "
-            "the weights of any as safetensors)"
-        )
+    system, layout, config = load(path, "cpu", template, tokens)
+    model: Any = config.model
+    fitting = [name for name, kind in FORMATS.items() if kind == model.kind]
+    to = to or (fitting[0] if len(fitting) == 1 else None)
+    if to not in fitting:
+        choices = f"it can be written as {' or '.join(fitting)}, with --to" if fitting else "no format takes it"
+        raise ConfigError(f"{path}: an {model.kind} model{f' is not for --to {to}' if to else ''}: {choices}")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    note = None
+    language: Any = getattr(system, "language")  # noqa: B009
     try:
-        note = transformers.write(system.language, layout, partial)
+        if to == "transformers":
+            note = transformers.write(language, layout, partial)
+        elif to == "prismatic":
+            prismatic.write(system, layout, model, partial)  # type: ignore[arg-type]
+        else:
+            note = llava.write(system, layout, model, partial)  # type: ignore[arg-type]
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,15 +2,17 @@
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from mm.data.sample import Chat
 from mm.errors import ConfigError
 from mm.settings import Kinds, KindSection, Number, Section
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
+    from mm.data.media import ImageTransform
     from mm.data.tokenizer import Tokenizer
     from mm.models.system import System
 
@@ -30,14 +32,22 @@ class SystemConfig(Protocol):
 
 
 class VisionConfig(Section):
-    """A vision tower of timm: a vision transformer, or a convolutional one."""
+    """A vision tower of timm or open_clip: a vision transformer, or a convolutional one."""
 
     name: str
-    """`timm/vit_so400m_patch14_siglip_384`; a tag after a dot picks the published weights."""
+    """`timm/vit_so400m_patch14_siglip_384` or `open_clip/ViT-B-32.laion2b_s34b_b79k`; a tag after a dot picks the
+    published weights."""
     pretrained: bool = True
-    """Take timm's published weights; `false` starts from random ones."""
+    """Take the published weights; `false` starts from random ones."""
     image_size: int = Field(default=384, ge=1)
-    """Pictures are resized to a square of so many pixels."""
+    """Pictures are resized to a square of so many pixels; with `resize: native`, what position embeddings are resampled
+    from."""
+    resize: Literal["square", "native"] = "square"
+    """`square` ignores the aspect ratio. `native` keeps it: a picture becomes a grid of whole patches, never enlarged
+    but by rounding to them. For vision transformers of timm, and a connector with `pool`."""
+    max_patches: int | None = Field(default=None, ge=1)
+    """With `resize: native`, the patches of a picture at most; larger ones are scaled down. By default those of the
+    square."""
     block: int = -2
     """The block whose output is used, without the tower's final norm; -1 is the last."""
     patch_size: int | None = Field(default=None, ge=1)
@@ -51,33 +61,59 @@ class VisionConfig(Section):
     flip: bool = False
     """In training, every second picture is mirrored, left to right."""
     options: dict[str, Any] = {}
-    """Arguments of the timm model: `{patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}` makes a small one."""
+    """Arguments of the timm model: `{patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}` makes a small one. Of an
+    open_clip model, keys of its `vision_cfg`: `{patch_size: 8, width: 128, layers: 4, head_width: 32}`."""
 
     @field_validator("name")
     @classmethod
-    def _is_timm(cls, name: str) -> str:
-        if not name.startswith("timm/"):
-            raise ValueError("expected a timm model as timm/NAME")
+    def _is_known(cls, name: str) -> str:
+        if not name.startswith(("timm/", "open_clip/")):
+            raise ValueError("expected a model of timm as timm/NAME, or of open_clip as open_clip/NAME.WEIGHTS")
         return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "VisionConfig":
+        if self.name.startswith("open_clip/") and self.pretrained and "." not in self.name:
+            raise ValueError(f"{self.name} names no weights: put their tag after a dot, or set `pretrained: false`")
+        if self.resize == "native" and not self.name.startswith("timm/"):
+            raise ValueError("`resize: native` is for vision transformers of timm, which has those of open_clip too")
+        if self.max_patches is not None and self.resize == "square":
+            raise ValueError("`max_patches` is for `resize: native`; squares have as many as `image_size` gives")
+        return self
 
     @property
     def patch(self) -> int:
         """Pixels along the side of a feature: `patch_size`, else what `options` or the model's name say."""
-        in_name = re.search(r"patch(\d+)", self.name)
+        in_name = re.search(r"(?:patch|-)(\d+)", self.name)  # vit_base_patch16_224, ViT-B-32
         return int(self.patch_size or self.options.get("patch_size") or (in_name and in_name[1]) or 16)
 
     @property
+    def side(self) -> int:
+        """Patches along the side of the square."""
+        return self.image_size // self.patch
+
+    @property
     def patches(self) -> int:
-        """Encoder tokens of a picture."""
-        return int((self.image_size // self.patch) ** 2)
+        """Patches of the square."""
+        return self.side**2
+
+    def transform(self) -> "ImageTransform":
+        """What is made of pictures before the tower sees them."""
+        from mm.data.media import ImageTransform, Native
+
+        size = self.image_size if self.resize == "square" else Native(self.patch, self.max_patches or self.patches)
+        return ImageTransform(size, self.mean, self.std, self.crop, self.flip)
 
 
 class PoolMLPConfig(KindSection):
-    """Adaptive average pooling to a square of tokens, then a two-layer MLP (Open-Qwen2VL's `AvgPoolProjector`)."""
+    """Average pooling, then a two-layer MLP (Open-Qwen2VL's `AvgPoolProjector`)."""
 
     kind: str = "pool_mlp"
     tokens: int = Field(default=144, ge=1)
-    """Positions that a picture takes in the row: a square number. The weights do not depend on it."""
+    """Positions that a picture takes in the row, a square number: adaptive pooling to that square. The weights do not
+    depend on it."""
+    pool: int | None = Field(default=None, ge=1)
+    """Instead of `tokens`: a position for every window of so many by so many patches, of grids of any size."""
 
     @field_validator("tokens")
     @classmethod
@@ -87,10 +123,14 @@ class PoolMLPConfig(KindSection):
             raise ValueError(f"expected a square number; the nearest are {side**2} and {(side + 1) ** 2}")
         return tokens
 
+    def count(self, rows: int, columns: int) -> int:
+        """Positions of a picture with such a grid of patches."""
+        return self.tokens if self.pool is None else -(-rows // self.pool) * -(-columns // self.pool)
+
     def build(self, width: int, out_width: int) -> Any:
         from mm.models.connectors import PoolMLP
 
-        return PoolMLP(self.tokens, width, out_width)
+        return PoolMLP(self.tokens, width, out_width, self.pool)
 
 
 class LanguageConfig(Section):
@@ -121,7 +161,8 @@ class LanguageConfig(Section):
 
 
 class TemplateConfig(Section):
-    """How a document is spelt. The defaults are Open-Qwen2VL's."""
+    """How documents and conversations are spelt. The defaults are Open-Qwen2VL's for documents, Qwen's for
+    conversations."""
 
     bos: str | None = "<s>"
     """The token that a document opens with."""
@@ -130,7 +171,13 @@ class TemplateConfig(Section):
     pad: str = "<|endoftext|>"
     """The token of padding and of media placeholders; never learned."""
     after_media: str = "\n"
-    """Put before text that follows media."""
+    """Put before text that follows media; in a conversation, only behind media that open a turn."""
+    chat: Chat = "chatml"
+    """How conversations are spelt: `chatml`, Qwen's own form; `release` and `fixed`, as Open-Qwen2VL was fine-tuned
+    before and after a change of its code; `plain`, `Question: …` and `Answer: …`, for tokenizers without chat
+    tokens."""
+    system: str | None = None
+    """The system turn of conversations that have none; by default that of `chat`, `""` for none at all."""
 
     def layout(self, tokenizer: "Tokenizer", **media: Any) -> "Layout":
         """The layout of a model with this tokenizer. Raises `DataError` where that lacks one of the tokens."""
@@ -139,12 +186,12 @@ class TemplateConfig(Section):
         for token in (self.bos, self.eos):
             if token is not None:
                 tokenizer.id(token)
-        template = Template(self.bos, self.eos, self.after_media)
+        template = Template(self.bos, self.eos, self.after_media, self.chat, self.system)
         return Layout(tokenizer, template, tokenizer.id(self.pad), **media)
 
 
-class ImageSlots(Section):
-    """A picture in the row."""
+class FrameSlots(Section):
+    """A square picture in the row."""
 
     tokens: int = Field(default=144, ge=0)
     """Positions that it takes."""
@@ -160,6 +207,30 @@ class ImageSlots(Section):
     """In training, every second picture is mirrored."""
 
 
+class NativeSlots(Section):
+    """Pictures in their own aspect ratio: a grid of whole patches, never enlarged but by rounding to them."""
+
+    patch: int = Field(default=14, ge=1)
+    """Pixels along the side of a patch."""
+    max_patches: int = Field(default=729, ge=1)
+    """Of a picture at most; larger ones are scaled down."""
+    pool: int = Field(default=1, ge=1)
+    """A position of the row stands for a window of so many by so many patches."""
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> "NativeSlots":
+        if self.pool**2 > self.max_patches:
+            raise ValueError(f"`pool` {self.pool}: larger windows than the {self.max_patches} patches of a picture")
+        return self
+
+
+class ImageSlots(FrameSlots):
+    """A picture in the row."""
+
+    native: NativeSlots | None = None
+    """Keep the aspect ratio; `tokens`, `cost` and `size` are then of no effect."""
+
+
 class AudioSlots(Section):
     """A recording in the row."""
 
@@ -169,7 +240,7 @@ class AudioSlots(Section):
     """Samples to a position of the row."""
 
 
-class VideoSlots(ImageSlots):
+class VideoSlots(FrameSlots):
     """A clip in the row: `tokens` and `cost` are those of one frame."""
 
     frames: int = Field(default=8, ge=1)
@@ -191,19 +262,25 @@ class LayoutConfig(KindSection):
     video: VideoSlots | None = None
 
     def layout(self) -> "Layout":
-        from mm.data.layout import AudioLayout, ImageLayout, VideoLayout
-        from mm.data.media import ImageTransform
+        from mm.data.layout import AudioLayout, ImageLayout, NativeLayout, VideoLayout
+        from mm.data.media import ImageTransform, Native
         from mm.data.tokenizer import Tokenizer
 
-        def transform(slots: ImageSlots) -> ImageTransform:
-            return ImageTransform(slots.size, slots.mean, slots.std, slots.crop, slots.flip)
+        def transform(slots: FrameSlots, size: int | Native) -> ImageTransform:
+            return ImageTransform(size, slots.mean, slots.std, slots.crop, slots.flip)
 
         image, audio, video = self.image, self.audio, self.video
+        pictures: ImageLayout | NativeLayout | None = None
+        if image and image.native:
+            native = Native(image.native.patch, image.native.max_patches)
+            pictures = NativeLayout(image.native.pool, transform(image, native))
+        elif image:
+            pictures = ImageLayout(image.tokens, image.cost, transform(image, image.size))
         return self.template.layout(
             Tokenizer.load(self.tokenizer, self.added_tokens),
-            image=image and ImageLayout(image.tokens, image.cost, transform(image)),
+            image=pictures,
             audio=audio and AudioLayout(audio.sampling_rate, audio.hop),
-            video=video and VideoLayout(video.frames, video.tokens, video.cost, transform(video)),
+            video=video and VideoLayout(video.frames, video.tokens, video.cost, transform(video, video.size)),
         )
 
     def build(self, weights: bool = True) -> "System":

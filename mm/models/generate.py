@@ -1,65 +1,326 @@
-"""Text for pictures and prompts: greedy or sampled continuation."""
+"""Text from a model: what it goes on with after prompts of text and pictures, and how likely it finds given answers.
 
-from collections.abc import Sequence
+transformers' own `generate` writes, with its cache, sampling and beams; what is ours is the prompt. Prompts of any
+lengths share a batch: they are laid out as in training and then moved to the right of their rows, so that all end
+where writing begins; the mask hides what is left of them, and positions count from each prompt's first token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
 from mm.data.batch import collate, with_dummies
+from mm.data.chat import END, SPELLINGS, is_chat
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import join_segments
-from mm.data.sample import Media, Text
-from mm.data.tokens import make_segment
+from mm.data.sample import Media, Text, Tokens, Turn
+from mm.data.tokenizer import Tokenizer
+from mm.data.tokens import Segment, make_segment
+from mm.errors import ConfigError, DataError
 from mm.models.backbone import ordinary_attention
 from mm.models.system import GenerativeSystem
+
+IMAGE = "<image>"
+Prompt = tuple[Text | Tokens | Media | Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How the next token is chosen, and when it is enough. The defaults take the likeliest one.
+
+    temperature: 0 takes the likeliest token, or with `beams` the likeliest text; above 0 tokens are sampled with
+    torch's RNG, from the `top_k` likeliest and from those that have `top_p` of the probability together.
+    stop, stop_ids: texts and token ids that end an answer and are cut off it, beside the template's end of text.
+    (Open-Qwen2VL's published numbers stop at 13, 11 and 198: a full stop, a comma, a line break.)
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    beams: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, bad, expected in (
+            ("max_new_tokens", self.max_new_tokens < 1, "a number from 1 on"),
+            ("temperature", not self.temperature >= 0, "0 or more"),
+            ("top_p", self.top_p is not None and not 0 < self.top_p <= 1, "a share above 0, up to 1"),
+            ("top_k", self.top_k is not None and self.top_k < 1, "a number from 1 on"),
+            ("beams", self.beams < 1, "a number from 1 on"),
+            ("stop", "" in self.stop, "texts that are not empty"),
+        ):
+            if bad:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: expected {expected}")
+        if not self.temperature and (self.top_p is not None or self.top_k is not None):
+            raise ConfigError("top_p and top_k are for sampling: give a temperature above 0 with them")
 
 
 @torch.no_grad()
 def generate(
     system: GenerativeSystem,
     layout: Layout,
-    pictures: Sequence[Media | None],
-    prompt: str = "",
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    prompts: Sequence[Prompt | Segment],
+    decoding: Decoding = Decoding(),
     limits: Limits = Limits(),  # noqa: B008
     synced: bool = False,
+    stream: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """One continuation for each picture after the prompt; None is a prompt without a picture.
+    """What the model writes after each prompt, without blanks around it. All prompts are one batch.
+
+    Where the longest prompt leaves less of the model's positions than `max_new_tokens`, fewer tokens are written.
 
     Args:
-        pictures: all are there, or none is: prompts of one call are equally long.
-        prompt: text after the picture, as in training (`en: ` where the prompt template was `{language}: `).
-        temperature: 0 takes the likeliest token; otherwise tokens are sampled with torch's RNG.
+        prompts: parts to be laid out, or segments that are.
         synced: of several ranks, with weights in parts: towers run on all, and all go on until the last is done.
+        stream: is given the text of a single prompt in pieces, as soon as they are certain; together they are what is
+            returned.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: a picture cannot be read; a prompt is empty or longer than the model's positions.
+        ConfigError: `stream` with several prompts or beams.
     """
-    text = Text(prompt, loss=False)
-    parts = [(text,) if picture is None else (picture, text) for picture in pictures]
-    segments = [make_segment(p, layout, f"picture {i}", limits, closed=False) for i, p in enumerate(parts)]
-    packs = [join_segments([(f"picture {i}", "", segment)]) for i, segment in enumerate(segments)]
-    device = next(system.parameters()).device
-    batch = collate(packs, layout, row_length=max(len(segment) for segment in segments)).to(device)
+    if not prompts:
+        return []
+    if stream is not None and (len(prompts) != 1 or decoding.beams > 1):
+        raise ConfigError(f"{len(prompts)} prompts, {decoding.beams} beams: only one prompt without beams can stream")
+    segments = [_segment(prompt, layout, f"prompt {i}", limits) for i, prompt in enumerate(prompts)]
+    longest = max(map(len, segments))
+    room = _positions(system, segments) + 1 - longest  # the last token that is written takes no position
+    packs = [join_segments([(f"prompt {i}", "", segment)]) for i, segment in enumerate(segments)]
+    batch = collate(packs, layout, row_length=longest).to(next(system.parameters()).device)
     if synced:
         batch = with_dummies(batch, layout)
-    was_training = system.training
-    system.eval()
-    with ordinary_attention(system.language):
-        # All prompts are equally long (one text, pictures of a fixed size), so nothing has to be padded.
+    chat = any(is_chat(prompt) for prompt in prompts if not isinstance(prompt, Segment))
+    reader = _Reader.of(layout, decoding, chat)
+    with _evaluating(system), ordinary_attention(system.language), _own_defaults(system.language):
+        order = batch.segment_ids.argsort(dim=1, stable=True)  # padding first, then the prompt
         ids = system.language.generate(
-            inputs_embeds=system.embed(batch),
-            attention_mask=(batch.segment_ids > 0).long(),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=layout.template.eos and layout.tokenizer.id(layout.template.eos),
-            pad_token_id=layout.pad,
-            bos_token_id=None,
+            inputs_embeds=system.embed(batch).take_along_dim(order[..., None], dim=1),
+            attention_mask=(batch.segment_ids > 0).long().gather(1, order),
+            generation_config=_transformers_config(decoding, min(decoding.max_new_tokens, room), layout, reader),
+            stopping_criteria=StoppingCriteriaList([_Stops(reader)] if reader.stop else []),
+            streamer=_Streamer(reader, stream) if stream is not None else None,
             synced_gpus=synced,
         )
-    system.train(was_training)
-    return [layout.tokenizer.decode(row).strip() for row in ids.tolist()]
+    return [reader.text(row) for row in ids.tolist()]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    system: GenerativeSystem,
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    limits: Limits = Limits(),  # noqa: B008
+) -> list[float]:
+    """log p(answer | prompt) in nats for each pair: summed over the answer's tokens, without an end of text.
+
+    An answer is tokenised apart from its prompt, as in training; blanks at its start count. All pairs are packed into
+    one row.
+
+    Raises:
+        DataError: a picture cannot be read; a prompt is empty or longer than the model's positions with its answer.
+    """
+    if not prompts:
+        return []
+    pairs = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        known = tuple(replace(part, loss=False) if isinstance(part, Text | Tokens) else part for part in prompt)
+        start = len(_segment(known, layout, f"prompt {i}", limits))
+        segment = _segment((*known, Text(answer)), layout, f"prompt {i} with its answer", limits)
+        pairs.append(replace(segment, loss=((start, len(segment)),)))
+    _positions(system, pairs)
+    pack = join_segments([(f"prompt {i}", "", segment) for i, segment in enumerate(pairs)])
+    batch = collate([pack], layout, row_length=len(pack.tokens)).to(next(system.parameters()).device)
+    with _evaluating(system):
+        losses = system.token_losses(batch).double()
+    pair = batch.segment_ids.flatten()[batch.learned()].long() - 1
+    return (-losses.new_zeros(len(pairs)).index_add(0, pair, losses)).tolist()
+
+
+def chat_prompt(text: str, pictures: Sequence[Media] = (), system: str | None = None) -> Prompt:
+    """A question in the template's chat form, up to where the assistant's turn begins.
+
+    Args:
+        text: `<image>` in it marks where the pictures go; without it they stand in front.
+        system: the system turn; None leaves it to the template.
+
+    Raises:
+        DataError: there are more or fewer `<image>` than pictures.
+    """
+    before: Prompt = () if system is None else (Turn("system"), Text(system, loss=False))
+    return (*before, Turn("user"), *_placed(text, pictures), Turn("assistant"))
+
+
+def raw_prompt(text: str, pictures: Sequence[Media] = ()) -> Prompt:
+    """A document to go on with, its pictures placed as in `chat_prompt`.
+
+    So captioners are asked (`en: ` where the prompt of their captions was `{language}: `), and Open-Qwen2VL in its
+    published evaluation. A line break behind `<image>` is the one that the template puts there.
+    """
+    parts = _placed(text.replace(f"{IMAGE}\n", IMAGE), pictures)
+    # The template opens text that follows media, even if it is empty.
+    return parts if parts and isinstance(parts[-1], Text) else (*parts, Text("", loss=False))
+
+
+def _placed(text: str, pictures: Sequence[Media]) -> Prompt:
+    texts = text.split(IMAGE)
+    if len(texts) == 1:
+        texts = [""] * len(pictures) + texts
+    if len(texts) != len(pictures) + 1:
+        raise DataError(
+            f"the prompt has {len(texts) - 1} {IMAGE} for {len(pictures)} pictures; give as many, or none to put the "
+            "pictures in front"
+        )
+    parts: list[Text | Media] = []
+    for part, picture in zip(texts, (*pictures, None), strict=True):
+        parts += [Text(part, loss=False)] if part else []
+        parts += [picture] if picture is not None else []
+    return tuple(parts)
+
+
+def _segment(prompt: Prompt | Segment, layout: Layout, where: str, limits: Limits) -> Segment:
+    segment = prompt if isinstance(prompt, Segment) else make_segment(prompt, layout, where, limits, closed=False)
+    if not len(segment):
+        raise DataError(f"{where} is empty; give a text or a picture to go on with")
+    return segment
+
+
+def _positions(system: GenerativeSystem, segments: Sequence[Segment]) -> int:
+    """How many the model has, if all segments fit."""
+    positions = getattr(system.language.config, "max_position_embeddings", None) or 2**31
+    for i, segment in enumerate(segments):
+        if len(segment) > positions:
+            raise DataError(
+                f"prompt {i}: {len(segment):,} tokens are more than the model's {positions:,} positions; shorten it or "
+                "give fewer pictures"
+            )
+    return int(positions)
+
+
+@contextmanager
+def _evaluating(system: GenerativeSystem) -> Iterator[None]:
+    training = system.training
+    system.eval()
+    try:
+        yield
+    finally:
+        system.train(training)
+
+
+@contextmanager
+def _own_defaults(language: Any) -> Iterator[None]:
+    """Without what a published model's generation_config.json says: what is asked for is what is done."""
+    published = language.generation_config
+    language.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        language.generation_config = published
+
+
+def _transformers_config(decoding: Decoding, tokens: int, layout: Layout, reader: "_Reader") -> GenerationConfig:
+    sampling: dict[str, Any] = {}
+    if decoding.temperature:
+        # 0 and 1 are transformers' words for all tokens; None means its own defaults, which leave the 50 likeliest.
+        sampling = {
+            "do_sample": True,
+            "temperature": float(decoding.temperature),
+            "top_p": decoding.top_p or 1.0,
+            "top_k": decoding.top_k or 0,
+        }
+    return GenerationConfig(
+        max_new_tokens=tokens,
+        num_beams=decoding.beams,
+        eos_token_id=sorted(reader.ends) or None,
+        pad_token_id=layout.pad,
+        **sampling,
+    )
+
+
+def _special(tokenizer: Tokenizer, text: str) -> int | None:
+    """The id of a special token, which no decoded text will ever show."""
+    try:
+        token = tokenizer.id(text)
+    except DataError:
+        return None
+    return None if tokenizer.decode([token]) else token
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """New tokens as text, up to what ends it: the one place that says where an answer is over."""
+
+    layout: Layout
+    ends: frozenset[int]
+    stop: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, decoding: Decoding, chat: bool) -> "_Reader":
+        """chat: there are conversations among the prompts, so an answer also ends where its turn does."""
+        template, tokenizer = layout.template, layout.tokenizer
+        ends, stop = set(decoding.stop_ids), list(decoding.stop)
+        if template.eos is not None:
+            ends.add(tokenizer.id(template.eos))
+        if chat:
+            stop.append(END if END in SPELLINGS[template.chat].tokens else template.eos or "\n")
+        special = {text: token for text in stop if (token := _special(tokenizer, text)) is not None}
+        return cls(layout, frozenset(ends.union(special.values())), tuple(text for text in stop if text not in special))
+
+    def text(self, ids: list[int], going_on: bool = False) -> str:
+        """The text without blanks around it; `going_on`: only as much as no further token can change."""
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        text = self.layout.tokenizer.decode(ids[:end])
+        cut = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
+        if cut is None and end == len(ids) and going_on:
+            text = text.rstrip("\ufffd")  # the first bytes of a character
+            cut = len(text) - max(
+                (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+            )
+        return text[:cut].strip()
+
+
+class _Stops(StoppingCriteria):
+    """Ends a row whose text holds a stop string.
+
+    transformers' own criterion looks through the whole vocabulary first (a second and more for 150,000 tokens), wants a
+    tokenizer of its own, and may see another text than the one that is cut.
+    """
+
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = [self.reader.layout.tokenizer.decode(row) for row in input_ids.tolist()]
+        found = [any(stop in text for stop in self.reader.stop) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class _Streamer(BaseStreamer):
+    """Hands on text that is certain: no half characters, nothing that may turn out to be a stop string."""
+
+    def __init__(self, reader: _Reader, stream: Callable[[str], None]) -> None:
+        self.reader, self.stream = reader, stream
+        self.ids: list[int] = []
+        self.given = ""
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        self._give(self.reader.text(self.ids, going_on=True))
+
+    def end(self) -> None:
+        self._give(self.reader.text(self.ids))
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self.given):
+            self.stream(text[len(self.given) :])
+            self.given = text

@@ -66,15 +66,28 @@ class PooledSystem(System):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """The submodule `name`, whose `features` of a medium are `width` wide; `settings`, in plain values, is what decides
+    them besides its weights."""
+
+    name: str
+    width: int
+    settings: dict[str, Any]
+
+
 class GenerativeSystem(System):
     """A system that writes text: its objective is `next_token` on the batch's labels."""
 
+    media_towers: dict[str, Tower]
+    """By medium; none in a system of text alone."""
     language: Any
     """The causal language model of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weights = {"next_token": 1.0}
+        self.media_towers = {}
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         return {"next_token": (batch.labels != IGNORE).sum()}
@@ -93,13 +106,22 @@ class GenerativeSystem(System):
         """[B, L, D]: what the language model reads, media features in their places."""
         embeddings: Tensor = self.language.get_input_embeddings()(batch.input_ids)
         for medium, media in batch.media.items():
-            features = self.encode(medium, media) if media.features is None else media.features
-            embeddings = place(embeddings, features, media)
+            known = media.features
+            features = self.features(medium, media) if known is None else known.to(embeddings.dtype)
+            embeddings = place(embeddings, self.connect(medium, features), media)
         return embeddings
 
-    def encode(self, medium: str, media: MediaBatch) -> Tensor:
-        """[sum length, D]: the features of all items of a medium, in item order. A system without media has none."""
+    def features(self, medium: str, media: MediaBatch) -> Tensor:
+        """[sum length, D]: what a medium's tower gives for all items, in their order, after pooling without weights.
+
+        It depends on the tower and the media alone, so for a frozen tower it can be computed once (`mm.data.features`).
+        A system without media has none.
+        """
         raise NotImplementedError
+
+    def connect(self, medium: str, features: Tensor) -> Tensor:
+        """[sum length, D] to [sum length, width of the language model]: what is trained on `features`, if anything."""
+        return features
 
 
 def place(embeddings: Tensor, features: Tensor, media: MediaBatch) -> Tensor:

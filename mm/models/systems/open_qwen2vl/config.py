@@ -1,14 +1,13 @@
 """Open-Qwen2VL's section and layout."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from mm.data.layout import ImageLayout, Layout
-from mm.data.media import ImageTransform
+from mm.data.layout import ImageLayout, Layout, NativeLayout
 from mm.data.tokenizer import Tokenizer
 from mm.models.config import ConnectorConfig, LanguageConfig, PoolMLPConfig, TemplateConfig, VisionConfig
-from mm.settings import KindSection
+from mm.settings import KindSection, merge
 
 if TYPE_CHECKING:
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
@@ -18,29 +17,51 @@ class OpenQwen2VLConfig(KindSection):
     """A vision tower, a pooling connector and a causal language model, trained on next tokens (2504.00595 2.2)."""
 
     kind: str = "open_qwen2vl"
+    released: str | None = None
+    """A published model to start from, a folder or a hub name: `weizhiwang/Open-Qwen2VL`, or a LLaVA folder with a
+    SigLIP tower. It gives the weights, and every setting below that is not set here."""
     vision: VisionConfig
     connector: ConnectorConfig = PoolMLPConfig()
     language: LanguageConfig
     template: TemplateConfig = TemplateConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_what_is_released(cls, values: Any) -> Any:
+        # A tower is named in a section that is whole already, such as that of a run.
+        if isinstance(values, dict) and values.get("released") and "name" not in (values.get("vision") or {}):
+            from mm.models.released import open_release
+
+            return merge(open_release(values["released"]).section(), values)
+        return values
+
     def layout(self) -> Layout:
         tokenizer = Tokenizer.load(self.language.tokenizer_name, self.language.added_tokens)
-        tokens = self.connector.tokens
-        vision = self.vision
-        transform = ImageTransform(vision.image_size, vision.mean, vision.std, vision.crop, vision.flip)
-        return self.template.layout(tokenizer, image=ImageLayout(tokens, self.vision.patches, transform))
+        vision, connector = self.vision, self.connector
+        if vision.resize == "native":
+            return self.template.layout(tokenizer, image=NativeLayout(connector.pool, vision.transform()))
+        tokens = connector.count(vision.side, vision.side)
+        return self.template.layout(tokenizer, image=ImageLayout(tokens, vision.patches, vision.transform()))
 
     @model_validator(mode="after")
     def _pools_and_does_not_stretch(self) -> "OpenQwen2VLConfig":
-        tokens = getattr(self.connector, "tokens", 0)
-        if tokens > self.vision.patches:
+        vision, connector = self.vision, self.connector
+        if vision.resize == "native" and connector.pool is None:
+            raise ValueError("vision.resize native gives grids of any size: set connector.pool, not connector.tokens")
+        if vision.resize == "native" and connector.pool**2 > (most := vision.max_patches or vision.patches):
+            raise ValueError(f"connector.pool {connector.pool}: larger windows than the {most} patches of a picture")
+        if vision.resize == "square" and connector.count(vision.side, vision.side) > vision.patches:
             raise ValueError(
-                f"connector.tokens {tokens} is more than the {self.vision.patches} patches of vision at "
-                f"{self.vision.image_size} pixels"
+                f"connector.tokens {connector.tokens} is more than the {vision.patches} patches of vision at "
+                f"{vision.image_size} pixels"
             )
         return self
 
     def build(self, weights: bool = True) -> "OpenQwen2VL":
         from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 
-        return OpenQwen2VL(self, weights)
+        if self.released is None or not weights:
+            return OpenQwen2VL(self, weights)
+        from mm.models.released import fill, open_release
+
+        return fill(OpenQwen2VL(self, weights=False), open_release(self.released))

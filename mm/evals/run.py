@@ -1,0 +1,371 @@
+"""A model on benchmarks: prompts in batches, every item kept as it is answered, numbers at the end.
+
+Of each task the folder `out` holds `NAME.json`, settings and numbers, and `NAME.items.jsonl`, an item a line. Items
+that are there are not run again, so a run that was stopped goes on, and one with a larger `limit` adds to it; a folder
+of other settings, prompts or weights is refused, since its items would be another run's.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from mm import hub
+from mm.data.layout import Layout
+from mm.data.sample import keyed_rng
+from mm.errors import ConfigError, DataError
+from mm.evals import TASKS
+from mm.evals.items import Form, Item, Record, Task
+from mm.evals.prompts import VERSION, answer_text, build, decoding, spelt
+from mm.files import atomic
+from mm.models.generate import Prompt, generate, log_likelihoods
+from mm.models.system import GenerativeSystem, System
+from mm.settings import nearest
+
+Scoring = Literal["generate", "likelihood"]
+Progress = Callable[[str, int], None]
+Result = dict[str, Any]
+T = TypeVar("T")
+POOL = 512  # examples that a file is drawn down to before those of a question are drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How items are asked and scored, whatever the task.
+
+    scoring: `generate` an answer and parse it, or take the candidate of the largest `likelihood`; where a task (or an
+    item of it) has no candidates, an answer is generated all the same, and the item says so.
+    shots: solved examples before each question, drawn anew for each by its id, or (`fixed_shots`) the same for all.
+    """
+
+    form: Form = "raw"
+    scoring: Scoring = "generate"
+    shots: int = 0
+    fixed_shots: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A task and its files."""
+
+    task: Task
+    path: str
+    images: Path | None = None
+    """Where pictures lie that the file only names."""
+    examples: str | None = None
+    """Where solved examples come from; None: the file itself, never the question that is asked."""
+
+
+def sources(tasks: Sequence[str], images: Sequence[str] = (), examples: Sequence[str] = ()) -> list[Source]:
+    """Tasks by `NAME=PATH`, with `NAME=PATH` of their pictures and examples. Raises `ConfigError`."""
+    paths, folders, solved = (_by_name(given) for given in (tasks, images, examples))
+    for name in [*folders, *solved]:
+        if name not in paths:
+            raise ConfigError(
+                f"{name}: pictures or examples for a task that is not among --task; {nearest(name, paths)}"
+            )
+    return [
+        Source(TASKS[name](), path, Path(folders[name]) if name in folders else None, solved.get(name))
+        for name, path in paths.items()
+    ]
+
+
+def _by_name(given: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{text}: expected NAME=PATH, such as pope=POPE/coco_pope_random.json")
+        if name not in TASKS:
+            raise ConfigError(f"{name}: no such task; {nearest(name, TASKS)}")
+        if name in found:
+            raise ConfigError(f"{name}: given twice; evaluate a second file into another --out")
+        found[name] = path
+    return found
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[Source],
+    settings: Settings = Settings(),
+    out: Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+    progress: Progress = lambda what, count: None,
+    template: str | None = None,
+    tokens: int | None = None,
+) -> list[Result]:
+    """Load a model (a run, a released folder, a hub name) and run it on all tasks; results into `out`.
+
+    `template`, `tokens`: another chat template and number of positions a picture, as `hub.load` takes them.
+
+    Raises:
+        ConfigError: the model does not write text, or `out` holds results of other settings.
+        DataError: a file of a task cannot be read.
+    """
+    system, layout, _ = hub.load(model, template=template, tokens=tokens)
+    if not isinstance(system, GenerativeSystem):
+        raise ConfigError(f"{model}: does not write text, so it cannot be asked")
+    out = out or Path(f"eval-{Path(model).resolve().name}")
+    about = {
+        "model": model,
+        "weights": weights_digest(system),
+        "template": layout.template.chat,
+        "picture": layout.image and layout.image.describe(),
+    }
+    return [run_task(system, layout, source, settings, out, about, limit, batch, progress) for source in tasks]
+
+
+@torch.no_grad()
+def weights_digest(system: System) -> str:
+    """Tells one set of weights from another by up to 256 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in system.state_dict().items():
+        flat = tensor.flatten()
+        some = flat[:: max(1, len(flat) // 256)][:256].float().cpu().numpy()
+        digest.update(name.encode() + str(tuple(tensor.shape)).encode() + some.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run_task(
+    system: GenerativeSystem,
+    layout: Layout,
+    source: Source,
+    settings: Settings,
+    out: Path,
+    about: dict[str, Any],
+    limit: int | None = None,
+    batch: int = 8,
+    progress: Progress = lambda what, count: None,
+) -> Result:
+    """One task from its first item without a record to its numbers."""
+    task = source.task
+    asked = {
+        **about,
+        "task": task.name,
+        "task_version": task.version,
+        "files": source.path,
+        "examples": source.examples,
+        "prompt": f"{settings.form}-{VERSION}",
+        **{key: value for key, value in asdict(settings).items() if key != "form"},
+        "decoding": asdict(decoding(task, settings.form, layout)),
+    }
+    if (folder := Path(source.path)).is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{out}: lies within {folder}, where results would be read as items; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    lines = out / f"{task.name}.items.jsonl"
+    known = read_records(lines)
+    _claim(out / f"{task.name}.json", asked, bool(known))
+    pool = _pool(source, settings)
+    ask = _Asker(system, layout, task, settings, pool, batch)
+    records: list[Record] = []
+    seen: set[str] = set()
+    with open(lines, "a", encoding="utf-8") as file:
+        for some in chunks(islice(task.items(source.path, source.images), limit), batch):
+            for item in some:
+                if item.id in seen:
+                    raise DataError(f"{source.path}: two items have the id {item.id}; give each file of a task alone")
+                seen.add(item.id)
+            answered = iter(ask([item for item in some if item.id not in known]))
+            for item in some:
+                record = known.get(item.id)
+                if record is None:
+                    record = next(answered)
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                records.append({key: value for key, value in record.items() if key != "prompt"})
+            file.flush()
+            progress(task.name, len(records))
+    if not records:
+        raise DataError(f"{source.path}: no items of {task.name} in it")
+    result = {**asked, **summary(task, records)}
+    _write(out / f"{task.name}.json", result)
+    return result
+
+
+def summary(task: Task, records: Sequence[Record]) -> Result:
+    """Metrics over all records, and numbers by what the task groups them by."""
+    groups: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for name in task.groups:
+            if (value := record["meta"].get(name)) is not None:
+                groups[name][str(value)].append(record)
+    return {
+        "n": len(records),
+        "answered": sum(record["parsed"] is not None for record in records),
+        "scored": dict(sorted(Counter(record["scoring"] for record in records).items())),
+        "metric": task.metric,
+        "metrics": task.metrics(records),
+        "by": {
+            name: {value: {"n": len(some), **task.group_metrics(some)} for value, some in sorted(values.items())}
+            for name, values in groups.items()
+        },
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+    }
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`size` at a time, in order; the last may be fewer."""
+    left = iter(items)
+    while some := list(islice(left, size)):
+        yield some
+
+
+def read_records(lines: Path) -> dict[str, Record]:
+    """Items that were answered, by id. A line that was cut off is taken away from the file."""
+    if not lines.exists():
+        return {}
+    data = lines.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with atomic(lines) as file:
+            file.write(whole)
+    try:
+        return {record["id"]: record for record in map(json.loads, whole.splitlines())}
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{lines}: damaged ({error}); remove it, and its items are run again") from None
+
+
+class _Asker:
+    """Answers items, in batches of prompts or of prompts with candidates."""
+
+    def __init__(
+        self, system: GenerativeSystem, layout: Layout, task: Task, settings: Settings, pool: list[Item], batch: int
+    ) -> None:
+        self._system, self._layout, self._task = system, layout, task
+        self._settings, self._pool, self._batch = settings, pool, batch
+        self._decoding = decoding(task, settings.form, layout)
+
+    def __call__(self, items: Sequence[Item]) -> list[Record]:
+        """Their records, in order."""
+        if not items:
+            return []
+        start = time.perf_counter()
+        task, form = self._task, self._settings.form
+        prompts = [build(task, item, form, self._layout, self._shots(item)) for item in items]
+        candidates = [task.candidates(item) if self._settings.scoring == "likelihood" else () for item in items]
+        free = [n for n, some in enumerate(candidates) if not some]
+        records: list[Record] = [{} for _ in items]
+        try:
+            outputs = generate(self._system, self._layout, [prompts[n] for n in free], self._decoding)
+            for n, output in zip(free, outputs, strict=True):
+                parsed = task.parse(items[n], output)
+                records[n] = {"output": output, "parsed": parsed, "scoring": "generate"}
+            for n, scores in self._likelihoods(items, prompts, candidates):
+                best = max(scores, key=lambda one: scores[one])
+                records[n] = {"output": best, "parsed": best, "scoring": "likelihood", "log_likelihoods": scores}
+        except DataError as error:
+            raise DataError(f"{task.name}, items {items[0].id} to {items[-1].id}: {error}") from None
+        seconds = round((time.perf_counter() - start) / len(items), 4)
+        return [
+            {
+                "id": item.id,
+                "prompt": spelt(prompt, self._layout),
+                **record,
+                "answer": list(item.answers),
+                "right": task.right(item, record["parsed"]),
+                "meta": item.meta,
+                "seconds": seconds,
+            }
+            for item, prompt, record in zip(items, prompts, records, strict=True)
+        ]
+
+    def _shots(self, item: Item) -> list[Item]:
+        """The first of the pool's permutation that ask something else."""
+        settings = self._settings
+        if not settings.shots:
+            return []
+        key = () if settings.fixed_shots else (item.id,)
+        order = keyed_rng(settings.seed, "shots", *key).permutation(len(self._pool)).tolist()
+        others = [self._pool[n] for n in order if _question(self._pool[n]) != _question(item)]
+        if len(others) < settings.shots:
+            raise ConfigError(f"{settings.shots} shots: there are {len(others)} examples for item {item.id}")
+        return others[: settings.shots]
+
+    def _likelihoods(
+        self, items: Sequence[Item], prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Of every item with candidates its number, and log p(candidate | prompt) in nats."""
+        pairs = [(n, one) for n, some in enumerate(candidates) for one in some]
+        found: dict[int, dict[str, float]] = defaultdict(dict)
+        for some in chunks(pairs, self._batch):
+            texts = [answer_text(self._task, items[n], self._settings.form, one) for n, one in some]
+            values = log_likelihoods(self._system, self._layout, [prompts[n] for n, _ in some], texts)
+            for (n, one), value in zip(some, values, strict=True):
+                found[n][one] = round(value, 5)
+        yield from found.items()
+
+
+def _question(item: Item) -> str:
+    return str(item.meta.get("question", item.id))
+
+
+def _pool(source: Source, settings: Settings) -> list[Item]:
+    """The examples to draw from: a seeded sample of those in their file, in one pass over it."""
+    if not settings.shots:
+        return []
+    rng = keyed_rng(settings.seed, "pool")
+    pool: list[Item] = []
+    own = source.examples is None
+    for number, item in enumerate(source.task.items(source.examples or source.path, source.images)):
+        # An example of another file that has the id of a question is not that question.
+        one = item if own else replace(item, meta={**item.meta, "question": f"example {item.id}"})
+        if len(pool) < POOL:
+            pool.append(one)
+        elif (place := int(rng.integers(number + 1))) < POOL:
+            pool[place] = one
+    return pool
+
+
+def _claim(file: Path, asked: dict[str, Any], begun: bool) -> None:
+    """The file's settings are these from now on; where items are `begun`, they were before."""
+    if not begun:
+        return _write(file, asked)
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, FileNotFoundError):
+        found = {}
+    for key, value in asked.items():
+        if found.get(key) != json.loads(json.dumps(value)):
+            raise ConfigError(
+                f"{file}: holds results with {key} {found.get(key)!r}, not {value!r}; choose another --out or remove "
+                "it and its items"
+            )
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    with atomic(file) as out:
+        out.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+
+def table(results: Sequence[Result]) -> Any:
+    """The numbers of some tasks for a terminal, a row each: a `rich` table."""
+    from rich.table import Table
+
+    shown = Table(
+        "task", "items", "metric", "", "prompt", "scoring", "shots", "other numbers", box=None, pad_edge=False
+    )
+    for result in results:
+        metrics = dict(result["metrics"])
+        first = metrics.pop(result["metric"])
+        rest = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        scored = ", ".join(result["scored"])
+        number = f"{first:.3f}"
+        shown.add_row(
+            result["task"],
+            f"{result['n']:,}",
+            result["metric"],
+            number,
+            result["prompt"],
+            scored,
+            str(result["shots"]),
+            rest,
+        )
+    return shown

@@ -1,0 +1,163 @@
+"""Many prompts answered: rows of a JSONL file in, the same rows with an `answer` out.
+
+Rows go through the model a batch at a time. What is written to a file is there after every batch, beside its place and
+under a name made of all that decides the answers; so a command that was stopped goes on when it is given again, and
+samples what it would have sampled.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mm.data.layout import Layout
+from mm.data.limits import Limits
+from mm.data.media import probe_image
+from mm.data.packed import PackedDataset
+from mm.data.sample import Media
+from mm.errors import ConfigError, DataError
+from mm.files import fsync
+from mm.models.generate import Decoding, Prompt, chat_prompt, generate, raw_prompt
+from mm.models.system import GenerativeSystem
+
+Row = dict[str, Any]
+Form = Literal["chat", "raw"]
+Answer = Callable[[list[Row], int], list[str]]
+"""From rows and the number of the first to their answers."""
+
+
+def read_picture(path: Path | str, limits: Limits = Limits()) -> Media:  # noqa: B008
+    """A picture's file as a part of a prompt. Raises `DataError` where it cannot be read or is no picture."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    probe_image(data, str(path), limits.pixels)
+    return Media("image", data, Path(path).suffix.lstrip("."))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows `{"prompt": "…", "images": ["a.jpg", …]}` of a JSONL file, with whatever else they hold.
+
+    Paths of pictures are relative to the file; all must be there, so that a long job does not end at the last one.
+
+    Raises:
+        DataError: a line is no such object, or names a picture that is not there.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        images = row.get("images", []) if isinstance(row, dict) else None
+        if not (
+            isinstance(row, dict)
+            and isinstance(row.get("prompt", ""), str)
+            and isinstance(images, list)
+            and all(isinstance(image, str) for image in images)
+        ):
+            raise DataError(f'{path}, line {number}: expected {{"prompt": "…", "images": ["a.jpg", …]}}')
+        for image in images:
+            if not (path.parent / image).is_file():
+                raise DataError(f"{path}, line {number}: there is no file {path.parent / image}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: no prompts in it")
+    return rows
+
+
+def prompt_of(row: Row, form: Form, folder: Path = Path(), system: str | None = None) -> Prompt:
+    """A row as a prompt; paths of pictures are relative to `folder`, `system` is for the chat form.
+
+    Raises:
+        DataError: a picture cannot be read; there are more or fewer of them than `<image>` in the text.
+        ConfigError: a system turn for the raw form.
+    """
+    if system is not None and form == "raw":
+        raise ConfigError("a system turn is for the chat form; give --chat with --system")
+    pictures = [read_picture(folder / image) for image in row.get("images", [])]
+    text = row.get("prompt", "")
+    return chat_prompt(text, pictures, system) if form == "chat" else raw_prompt(text, pictures)
+
+
+def form_of(config: Any) -> Form:
+    """How a model that `mm.load` gave is asked unless somebody says: in the chat form if conversations trained it.
+
+    That is what the sources of its run say, or of the packed set that it was trained on, if that is still there. A
+    published model does not say: it is asked so if its template is one of those that Open-Qwen2VL was fine-tuned with.
+    """
+    data = getattr(config, "data", None)
+    if data is None:
+        return "chat" if config.model.template.chat in ("release", "fixed") else "raw"
+    kinds = {source.kind for source in data.sources}
+    if data.packed is not None:
+        with suppress(DataError):
+            sources = PackedDataset(data.packed / "train").about["provenance"]["sources"]
+            kinds = {source["kind"] for source in sources}
+    return "chat" if "conversations" in kinds else "raw"
+
+
+def answerer(
+    system: GenerativeSystem,
+    layout: Layout,
+    prompt: Callable[[Row], Prompt],
+    decoding: Decoding,
+    seed: int,
+    stream: Callable[[str], None] | None = None,
+) -> Answer:
+    """A model as a function of rows. What is sampled depends on the seed, the first row's number and the batch."""
+
+    def answer(rows: list[Row], first: int) -> list[str]:
+        torch.manual_seed(seed + first)
+        return generate(system, layout, [prompt(row) for row in rows], decoding, stream=stream)
+
+    return answer
+
+
+def answered(rows: Sequence[Row], answer: Answer, batch: int, first: int = 0) -> Iterator[list[Row]]:
+    """Rows from the number `first` on with their `answer`, a batch at a time."""
+    for start in range(first, len(rows), batch):
+        part = list(rows[start : start + batch])
+        yield [{**row, "answer": text} for row, text in zip(part, answer(part, start), strict=True)]
+
+
+def write_answers(
+    out: Path,
+    rows: Sequence[Row],
+    answer: Answer,
+    batch: int,
+    about: object,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Answer all rows into the JSONL file `out`, which appears when it is whole.
+
+    Args:
+        about: what else decides the answers: model, form, decoding, seed. What a stopped call with the same has done
+            is not done again.
+
+    Raises:
+        ConfigError: `out` is there.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; choose another --out or remove it")
+    digest = hashlib.sha256(repr((about, batch, rows)).encode()).hexdigest()[:16]
+    partial = out.with_name(f".{out.name}.partial-{digest}")
+    with open(partial, "a+b") as file:
+        file.seek(0)
+        lines = [line for line in file if line.endswith(b"\n")]
+        done = len(lines) // batch * batch
+        file.truncate(sum(map(len, lines[:done])))
+        for part in answered(rows, answer, batch, done):
+            file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in part).encode())
+            file.flush()
+            done += len(part)
+            progress(done)
+    fsync(partial)
+    partial.replace(out)

@@ -1,0 +1,163 @@
+"""What the readers of releases share: where files come from, and whether tensors fit."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from mm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Filled = TypeVar("Filled", bound=nn.Module)
+
+
+class Release(Protocol):
+    """A model as it was published."""
+
+    def section(self) -> dict[str, Any]:
+        """The sections `vision`, `connector`, `language` and `template` of a model's config. Reads no weights."""
+        ...
+
+    def tensors(self, system: "nn.Module") -> "dict[str, Tensor]":
+        """The weights by the names of `system.named_parameters()` (and of its buffers), on the CPU.
+
+        Raises `CheckpointError` for tensors that are missing, left over or of another shape than the system's.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A folder, or a repository of the hub, of which only the files that are asked for are fetched.
+
+    What a release takes from other repositories (`Qwen/Qwen2.5-1.5B-Instruct`, timm's towers) is looked for in a folder
+    of that name inside the release first, so that a machine without network needs nothing but one folder.
+    """
+
+    name: str
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.name).expanduser().is_dir()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name).expanduser()
+
+    def has(self, file: str) -> bool:
+        """Whether a local folder holds the file."""
+        return self.is_folder and (self.folder / file).is_file()
+
+    def file(self, file: str) -> Path:
+        """The path of a file, fetched where it is not local. Raises `CheckpointError`."""
+        if self.is_folder:
+            if not self.has(file):
+                raise CheckpointError(f"{self.name}: there is no {file} in this folder")
+            return self.folder / file
+        return fetch(self.name, file)
+
+    def json(self, file: str) -> dict[str, Any]:
+        """Raises `CheckpointError`."""
+        path = self.file(file)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected an object, found a {type(values).__name__}")
+        return values
+
+    def inner(self, name: str) -> Path | None:
+        """A folder in a local release that stands for another repository."""
+        path = self.folder / name
+        return path if self.is_folder and path.is_dir() else None
+
+
+def fetch(repository: str, file: str) -> Path:
+    """A file of a repository of the hub, by way of the hub's cache. Raises `CheckpointError`."""
+    from huggingface_hub import hf_hub_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise CheckpointError(
+            f"{repository}: there is no such folder, and it is no name on the hub (OWNER/NAME) either"
+        )
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the hub's client raises errors of a dozen libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{repository}: there is no such folder, and the hub does not give its {file} ({reason})"
+        ) from None
+
+
+def fit(
+    system: "nn.Module", found: "Mapping[str, Tensor]", where: str, spelt: Callable[[str], str] = str
+) -> "dict[str, Tensor]":
+    """The found tensors by the system's names, tied ones once.
+
+    Args:
+        found: by the release's names.
+        where: names the release in errors.
+        spelt: the release's name of one of the system's.
+
+    Raises:
+        CheckpointError: a table of all that is missing, left over, or of another shape or kind of number. Of tied
+            tensors one is enough; where there are several they have to be equal.
+    """
+    import torch
+
+    names: dict[int, list[str]] = {}
+    own = system.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    fitted: dict[str, Tensor] = {}
+    wrong: list[tuple[str, str, str]] = []
+    for tied in names.values():
+        tensor = own[tied[0]]
+        present = [spelt(name) for name in tied if spelt(name) in found]
+        if not present:
+            wrong.append(("missing", spelt(tied[0]), f"expected {list(tensor.shape)}"))
+        for name in present:
+            if found[name].shape != tensor.shape:
+                wrong.append(("shape", name, f"found {list(found[name].shape)}, expected {list(tensor.shape)}"))
+            elif found[name].is_floating_point() != tensor.is_floating_point():
+                wrong.append(("type", name, f"found {found[name].dtype}, expected {tensor.dtype}"))
+            elif name != present[0] and not torch.equal(found[name], found[present[0]]):
+                wrong.append(("not equal", name, f"to {present[0]}, which it is tied to"))
+        if present:
+            fitted[tied[0]] = found[present[0]]
+    expected = {spelt(name) for name in own}
+    wrong += [("unexpected", name, f"found {list(found[name].shape)}") for name in found if name not in expected]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: does not fit the model that its config describes; nothing was loaded:\n{_table(wrong)}"
+        )
+    return fitted
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """Rows that differ in the number of a layer alone become one."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for what, name, detail in rows:
+        groups.setdefault((what, re.sub(r"\.\d+(?=\.)", ".*", name), detail), []).append(name)
+    lines = [
+        (what, names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)", detail)
+        for (what, pattern, detail), names in groups.items()
+    ]
+    width = max(len(name) for _, name, _ in lines)
+    return "\n".join(f"  {what:<10}  {name:<{width}}  {detail}" for what, name, detail in lines)
+
+
+def fill(system: "Filled", release: Release) -> "Filled":
+    """Put a release's weights into a system, in place. Raises `CheckpointError`, and then the system is as before."""
+    import torch
+
+    own = system.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in release.tensors(system).items():
+            own[name].copy_(tensor)
+    return system
