@@ -69,7 +69,8 @@ class MediaBatch(_Tensors):
     values: float32 [sum n_i]; item i is `values[offsets[i]:offsets[i + 1]].view(shapes[i])`, [C, H, W] for pictures.
     shapes and offsets stay in host memory: what a tower runs on depends on them.
     row, position, length: int64 [N], the row positions that item i takes; cost: int64 [N] encoder tokens.
-    features: [sum length, D] in item order when the tower's output is already known, else None.
+    features: [sum length, D] in item order where what the tower gives is known already (`GenerativeSystem.features`),
+        else None; `values` may then be empty.
     dummy: not data; see `with_dummies`. positions: the sum of length, known without asking the device.
     """
 
@@ -97,6 +98,11 @@ class MediaBatch(_Tensors):
         if not bool((self.shapes == shape).all()):
             raise ValueError("items differ in shape; this tower takes one size")
         return self.values.view(len(self), *shape.tolist())
+
+    def items(self) -> list[Tensor]:
+        """The values of every item in its own shape."""
+        values = self.values.split(self.shapes.prod(1).tolist())
+        return [one.view(shape) for one, shape in zip(values, self.shapes.tolist(), strict=True)]
 
     def slots(self, row_length: int) -> Tensor:
         """int64 [sum length]: flat positions (row * L + position) of all placeholders, in item order."""
@@ -148,7 +154,8 @@ def with_dummies(batch: PackedBatch, layout: Layout) -> PackedBatch:
     """The batch with all media that the model takes, in one order: of those that it has none of, one item of zeros.
 
     Where towers are sharded, every rank has to run each of them as often as the others, and in the same order.
-    `mm.models.system.place` leaves a dummy's features without effect, and its tower with a gradient of zero.
+    `mm.models.system.place` leaves a dummy's features without effect, and its tower with a gradient of zero. Where
+    features are read (`layout.features`), a dummy has those, and no tower runs.
     """
     device = batch.input_ids.device
     return replace(
@@ -162,6 +169,9 @@ def with_dummies(batch: PackedBatch, layout: Layout) -> PackedBatch:
 
 def _dummy(layout: Layout, kind: str) -> MediaBatch:
     shape, length, cost = layout.smallest(kind)
+    features = None
+    if kind in layout.features:
+        shape, features = (0,) * len(shape), torch.zeros(length, layout.features[kind], dtype=torch.bfloat16)
     return MediaBatch(
         values=torch.zeros(math.prod(shape)),
         shapes=torch.tensor([shape]),
@@ -170,6 +180,7 @@ def _dummy(layout: Layout, kind: str) -> MediaBatch:
         position=torch.zeros(1, dtype=torch.int64),
         length=torch.tensor([length]),
         cost=torch.tensor([cost]),
+        features=features,
         dummy=True,
     )
 
@@ -188,7 +199,8 @@ def new_arrays(shapes: Shapes) -> dict[str, np.ndarray]:
 class Rows:
     """A batch before it is tensors: plain arrays, which a worker can lay into shared memory.
 
-    `arrays`: `input_ids`, … as in `PackedBatch`, and `KIND.values`, `KIND.shapes`, … as in `MediaBatch`.
+    `arrays`: `input_ids`, … as in `PackedBatch`, and `KIND.values`, `KIND.shapes`, … as in `MediaBatch`. Of any
+    `KIND.features` there are the bits of bfloat16 numbers, as uint16: numpy has no type for them.
     """
 
     arrays: dict[str, np.ndarray]
@@ -204,7 +216,8 @@ class Rows:
         for name in list(tensors):
             kind, dot, column = name.partition(".")
             if dot:
-                media.setdefault(kind, {})[column] = tensors.pop(name)
+                tensor = tensors.pop(name)
+                media.setdefault(kind, {})[column] = tensor.view(torch.bfloat16) if column == "features" else tensor
         batches = {kind: MediaBatch(**columns) for kind, columns in media.items()}  # type: ignore[arg-type]
         return PackedBatch(
             **tensors,  # type: ignore[arg-type]
@@ -221,7 +234,8 @@ class RowSettings:
     """How packs become rows."""
 
     layout: Layout
-    row_length: int
+    row_length: int | None
+    """None: as long as the longest of the batch."""
     isolate_segments: bool = True
     quarantine: bool = False
     """A damaged medium becomes zeros in a segment without loss, in place, so that the order of the data never shifts;
@@ -232,7 +246,7 @@ class RowSettings:
 def collate(
     packs: list[Pack],
     layout: Layout,
-    row_length: int,
+    row_length: int | None,
     isolate_segments: bool = True,
     quarantine: bool = False,
     decoder: Decoder = "exact",
@@ -259,14 +273,23 @@ def lay_out(
             media.setdefault(one.kind, []).append((row, one))
     where = {id(one): packs[row].segments[one.segment].id for items in media.values() for row, one in items}
     shapes = {
-        kind: [decoded_shape(one, settings.layout, where[id(one)]) for _, one in items] for kind, items in media.items()
+        kind: [
+            (0, 0, 0) if one.features is not None else decoded_shape(one, settings.layout, where[id(one)])
+            for _, one in items
+        ]
+        for kind, items in media.items()
     }
-    wanted: Shapes = {name: ((len(packs), settings.row_length), dtype) for name, dtype in ROWS.items()}
+    row_length = settings.row_length or max(8, *(len(pack.tokens) for pack in packs))
+    given: dict[str, list[np.ndarray]] = {}
+    wanted: Shapes = {name: ((len(packs), row_length), dtype) for name, dtype in ROWS.items()}
     for kind, items in media.items():
         wanted[f"{kind}.values"] = ((sum(map(math.prod, shapes[kind])),), np.float32)
         wanted[f"{kind}.shapes"] = ((len(items), len(shapes[kind][0])), np.int64)
         wanted[f"{kind}.offsets"] = ((len(items) + 1,), np.int64)
         wanted |= {f"{kind}.{name}": ((len(items),), np.int64) for name in ("row", "position", "length", "cost")}
+        given[kind] = [one.features for _, one in items if one.features is not None]
+        if given[kind]:
+            wanted[f"{kind}.features"] = ((sum(map(len, given[kind])), given[kind][0].shape[1]), np.uint16)
     arrays = allocate(wanted)
     _lay_tokens(packs, settings, arrays)
     bad: list[tuple[str, str]] = []
@@ -275,13 +298,18 @@ def lay_out(
         arrays[f"{kind}.shapes"][:] = shapes[kind]
         offsets[0] = 0
         np.cumsum(list(map(math.prod, shapes[kind])), out=offsets[1:])
+        if given[kind]:
+            np.concatenate(given[kind], out=arrays[f"{kind}.features"])
         for number, (row, one) in enumerate(items):
             for name, value in (("row", row), ("position", one.position), ("length", one.length), ("cost", one.cost)):
                 arrays[f"{kind}.{name}"][number] = value
             out = values[offsets[number] : offsets[number + 1]].reshape(shapes[kind][number])
             rng = None if draws is None else keyed_rng("crop", *draws[row], one.position)
             try:
-                decode(one, settings, where[id(one)], out, rng)
+                if one.unreadable:
+                    raise DataError(one.unreadable)
+                if one.features is None:
+                    decode(one, settings, where[id(one)], out, rng)
             except DataError as error:
                 if not settings.quarantine:
                     raise
@@ -302,10 +330,8 @@ def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.n
         array[:] = 0
     for row, pack in enumerate(packs):
         n = len(pack.tokens)
-        if n > settings.row_length:
-            raise DataError(
-                f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {settings.row_length}"
-            )
+        if n > ids.shape[1]:
+            raise DataError(f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {ids.shape[1]}")
         ids[row, :n] = pack.tokens
         positions[row, :n] = np.arange(n)
         for number, segment in enumerate(pack.segments):
@@ -323,11 +349,11 @@ def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.n
 def decoded_shape(media: PackedMedia, layout: Layout, where: str) -> tuple[int, ...]:
     """[C, H, W] of a picture, [T] of a recording, [F, C, H, W] of a clip, known before decoding."""
     if media.kind == "image" and layout.image is not None:
-        return (3, layout.image.transform.size, layout.image.transform.size)
+        return layout.image.shape(media.plan)
     if media.kind == "audio" and layout.audio is not None:
         return (media.plan["samples"],)
     if media.kind == "video" and layout.video is not None:
-        return (len(media.plan["times"]), 3, layout.video.transform.size, layout.video.transform.size)
+        return (len(media.plan["times"]), *layout.video.shape()[1:])
     raise DataError(f"{where}: the model takes no {media.kind}")
 
 

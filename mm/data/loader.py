@@ -16,7 +16,7 @@ from mm.data.layout import Layout
 from mm.data.media import Decoder
 from mm.data.mixture import Draw, Mixture, MixtureConfig, Policy, SourceInfo
 from mm.data.pack import balance
-from mm.data.packed import Pack, PackedDataset, Reader, without
+from mm.data.packed import Pack, PackedDataset, PackReader, without
 from mm.data.workers import run_workers
 
 EMPTY = Pack(np.empty(0, dtype=np.int32), (), ())
@@ -36,7 +36,7 @@ class _Request(NamedTuple):
 class _Make:
     """Reads, decodes and lays out the packs of a request; runs in a worker."""
 
-    reader: Reader
+    reader: PackReader
     settings: RowSettings
     skip: frozenset[str]
 
@@ -85,12 +85,17 @@ class PackedLoader:
         decoder: Decoder = "exact",
         pin_memory: bool = False,
     ) -> None:
-        row_length = dataset.about["settings"]["context_length"]
+        about = dataset.about["settings"]
+        self._single = about["packing"] == "single"
+        row_length = None if self._single else about["context_length"]
         self.rows, self.seed = rows, seed
         self.mixture = Mixture(source_infos(dataset), mixture, seed, policy)
         self.step = 0
         self._dataset = dataset
         self._costs = dataset.encoder_costs()
+        self._tokens = dataset.index["tokens"].to_numpy()
+        if self._single:  # rows differ in length, too
+            self._costs = np.stack([self._costs, self._tokens], axis=1)
         self._rank, self._ranks = rank, ranks
         share = -(-rows // ranks)
         self._micro_batch = min(micro_batch or share, share)
@@ -99,8 +104,7 @@ class PackedLoader:
         self._workers = workers
         self._pin_memory = pin_memory
         self._passed_over: frozenset[int] = frozenset()
-        settings = RowSettings(layout, row_length, isolate_segments, quarantine, decoder)
-        self._make = _Make(dataset.reader, settings, dataset.dropped)
+        self._settings = RowSettings(layout, row_length, isolate_segments, quarantine, decoder)
         self._state = self._current()
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,12 +148,13 @@ class PackedLoader:
     def _batches(self, count: int) -> Iterator[PackedBatch]:
         self.load_state_dict(self._state)  # what an earlier call read ahead was not handed out
         requests = (request for _ in range(count) for request in self._step())
+        make = _Make(self._dataset.reader, self._settings, self._dataset.dropped)
         if self._workers:
-            if self._make.settings.decoder == "fast":
+            if self._settings.decoder == "fast":
                 importlib.import_module("torchvision.io")  # takes a second, and workers have what is here
-            made = run_workers(self._make, requests, self._workers)
+            made = run_workers(make, requests, self._workers)
         else:
-            made = ((request, self._make(request, new_arrays)) for request in requests)
+            made = ((request, make(request, new_arrays)) for request in requests)
         for request, rows in made:
             batch = rows.batch()
             del rows
@@ -168,6 +173,8 @@ class PackedLoader:
             return
         ranks = balance(self._costs[[draw.pack for draw in drawn]], self._ranks)
         mine: list[Draw | None] = [draw for draw, rank in zip(drawn, ranks, strict=True) if rank == self._rank]
+        if self._single:  # micro-batches of rows that are alike in length
+            mine.sort(key=lambda draw: self._tokens[draw.pack])  # type: ignore[union-attr]
         mine += [None] * (self.micro_batches * self._micro_batch - len(mine))
         after = self._current()
         for number in range(self.micro_batches):
@@ -211,7 +218,8 @@ def one_pass(
     Of several ranks each takes its share of the batches; where they do not divide, what lacks is a row of padding, so
     that all ranks have as many.
     """
-    row_length = dataset.about["settings"]["context_length"]
+    about = dataset.about["settings"]
+    row_length = None if about["packing"] == "single" else about["context_length"]
     for start in range(rank * rows, -(-len(dataset) // (rows * ranks)) * rows * ranks, rows * ranks):
         packs = [dataset.kept(n, layout.pad) for n in range(start, min(start + rows, len(dataset)))]
         yield collate(packs or [EMPTY], layout, row_length, isolate_segments, quarantine)

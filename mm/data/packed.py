@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ import pyarrow.parquet as pq
 from mm.data.layout import Layout
 from mm.data.tokens import COSTS, Segment
 from mm.errors import DataError
+
+if TYPE_CHECKING:
+    from mm.data.features import Features
 
 FORMAT_VERSION = 2
 OPEN_FILES = 64
@@ -57,7 +60,8 @@ class PackedSegment:
 class PackedMedia:
     """Media of a pack: `length` row positions from `position`, in segment number `segment`; encoded bytes.
 
-    `plan`: what decoding is held to: `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds.
+    `plan`: what decoding is held to: `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds,
+    `{"grid": [rows, columns]}` of a picture in its own aspect ratio.
     """
 
     kind: str
@@ -68,6 +72,10 @@ class PackedMedia:
     ext: str
     data: bytes
     plan: dict[str, Any] = field(default_factory=dict)
+    features: np.ndarray | None = field(default=None, compare=False)
+    """In place of `data` (then empty): what a frozen tower gives for it, [features, D] uint16, the bits of bfloat16."""
+    unreadable: str = ""
+    """Why those features are not of a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,18 @@ class Pack:
 
 
 class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+class PackReader(Protocol):
+    """Reads packs by their place; goes to other processes as it is."""
+
+    def read(self, place: dict[str, Any]) -> Pack: ...
+
+    def text(self, place: dict[str, Any]) -> Pack:
+        """At least its tokens and segments, with no more read than that takes."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -158,6 +178,8 @@ def checksum(data: bytes) -> str:
 class Reader:
     """Reads packs by their place. Knows the folder alone, so it goes to other processes as it is."""
 
+    remedy = "pack the data set again"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open()
@@ -175,22 +197,35 @@ class Reader:
 
     def read(self, place: dict[str, Any]) -> Pack:
         """The pack at a place (see `PackedDataset.place`). Raises `DataError` where its bytes were changed."""
+        return self.parse(place, self.bytes_at(place))
+
+    text = read
+
+    def bytes_at(self, place: dict[str, Any]) -> bytes:
+        """What a place holds. Raises `DataError` unless that is what was written."""
         pack, path = place["pack"], self.folder / place["shard"]
-        try:
-            file = self._files[place["shard"]]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror})") from None
-        data = read_range(file, place["offset"], place["length"])
+        data = read_range(self.file(place["shard"]), place["offset"], place["length"])
         if len(data) != place["length"]:
-            raise DataError(f"{path}: truncated: pack {pack} is not all there; pack the data set again")
+            raise DataError(f"{path}: truncated: pack {pack} is not all there; {self.remedy}")
         if checksum(data) != place["checksum"]:
-            raise DataError(f"{path}: pack {pack} is damaged (its checksum differs); pack the data set again")
+            raise DataError(f"{path}: pack {pack} is damaged (its checksum differs); {self.remedy}")
+        return data
+
+    def file(self, shard: str) -> IO[bytes]:
+        """An open file of the folder."""
         try:
-            return parse_pack(data)
+            return self._files[shard]
+        except OSError as error:
+            raise DataError(f"{self.folder / shard}: cannot be opened ({error.strerror})") from None
+
+    def parse(self, place: dict[str, Any], data: bytes, media: bool = True) -> Pack:
+        """A pack from the bytes of its place, or of what comes behind its `media` there."""
+        try:
+            return parse_pack(data, media)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{path}: pack {pack} does not follow the packed format ({type(error).__name__}: {error}); "
-                "pack the data set again"
+                f"{self.folder / place['shard']}: pack {place['pack']} does not follow the packed format "
+                f"({type(error).__name__}: {error}); {self.remedy}"
             ) from None
 
     def close(self) -> None:
@@ -251,13 +286,20 @@ class PackedDataset:
                 f"{folder}: dataset.json counts {self.about['packs']} packs, index.parquet {len(self.index)}; "
                 "pack it again"
             )
-        self.reader = Reader(folder)
+        self.reader: PackReader = Reader(folder)
+        self.features: Features | None = None
         self.dropped = read_ids(folder / DROPPED) if (folder / DROPPED).exists() else frozenset[str]()
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def require(self, layout: Layout, context_length: int, budgets: Mapping[str, int] = MappingProxyType({})) -> None:
+    def require(
+        self,
+        layout: Layout,
+        context_length: int,
+        budgets: Mapping[str, int] = MappingProxyType({}),
+        packing: str = "full",
+    ) -> None:
         """Raise `DataError`, naming what differs, unless this set was packed for this model and obeys these budgets."""
         have, want = self.about["layout"], layout.describe()
         wrong = [
@@ -268,6 +310,8 @@ class PackedDataset:
         packed_length = self.about["settings"]["context_length"]
         if packed_length != context_length:
             wrong.append(f"context_length {packed_length} (data.context_length is {context_length})")
+        if (found := self.about["settings"]["packing"]) != packing:
+            wrong.append(f"packing {found} (data.packing is {packing})")
         for name, most in budgets.items():
             if (found := pc.max(self.index[name]).as_py()) > most:
                 wrong.append(f"{name} up to {found} a row (data.budgets.{name} is {most})")
@@ -277,9 +321,10 @@ class PackedDataset:
             )
 
     def place(self, pack: int) -> dict[str, Any]:
-        """Where a pack's bytes are, for a `Reader`."""
+        """Where a pack is, for its `reader`."""
         row = {name: self.index[name][pack].as_py() for name in ("shard", "offset", "length", "checksum")}
-        return {"pack": pack, **row}
+        place = {"pack": pack, **row}
+        return place if self.features is None else self.features.place(place)
 
     def read(self, pack: int) -> Pack:
         """One pack. Raises `DataError` when its bytes are not those that were written."""
@@ -288,6 +333,15 @@ class PackedDataset:
     def kept(self, pack: int, pad: int = 0) -> Pack:
         """One pack, with the samples that were dropped as padding."""
         return without(self.read(pack), self.dropped, pad)
+
+    def text(self, pack: int) -> Pack:
+        """One pack as `kept` gives it, for its tokens: its media may be empty."""
+        return without(self.reader.text(self.place(pack)), self.dropped, 0)
+
+    def read_features(self, features: "Features | None") -> None:
+        """From now on the media of packs are read as their features; None: as they are."""
+        self.features = features
+        self.reader = Reader(self.folder) if features is None else features.reader(self.folder)
 
     def drop(self, ids: frozenset[str]) -> None:
         """Leave samples out of everything that reads the set for use; the files stay as they are."""
@@ -310,7 +364,7 @@ def read_ids(path: Path) -> frozenset[str]:
     return frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
 
 
-def _members(data: bytes) -> dict[str, bytes]:
+def members_in(data: bytes) -> dict[str, bytes]:
     """Tar members by extension. The writer makes plain headers only; `tarfile` would take three times as long."""
     members: dict[str, bytes] = {}
     at = 0
@@ -325,9 +379,12 @@ def _members(data: bytes) -> dict[str, bytes]:
     return members
 
 
-def parse_pack(data: bytes) -> Pack:
-    """The tar members of a pack, back to the pack. What `members_of` has written gives the same pack again."""
-    members = _members(data)
+def parse_pack(data: bytes, media: bool = True) -> Pack:
+    """The tar members of a pack, back to the pack. What `members_of` has written gives the same pack again.
+
+    Without `media`, those members are not there, and the media have no bytes.
+    """
+    members = members_in(data)
     tokens = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
     layout = json.loads(members["json"])
     segments = tuple(
@@ -336,10 +393,10 @@ def parse_pack(data: bytes) -> Pack:
         )
         for s in layout["segments"]
     )
-    media = tuple(
+    found = tuple(
         PackedMedia(
             m["kind"], int(m["segment"]), int(m["position"]), int(m["length"]), int(m["cost"]),
-            m["member"].rpartition(".")[2], members[m["member"]], dict(m.get("plan", {})),
+            m["member"].rpartition(".")[2], members[m["member"]] if media else b"", dict(m.get("plan", {})),
         )
         for m in layout["media"]
     )  # fmt: skip
@@ -347,4 +404,4 @@ def parse_pack(data: bytes) -> Pack:
         raise ValueError(
             f"token ids of shape {tokens.shape} for segments of {[segment.length for segment in segments]}"
         )
-    return Pack(tokens, segments, media)
+    return Pack(tokens, segments, found)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mm.data.features import erase
 from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack, read_range
 from mm.files import atomic
 
@@ -48,6 +49,7 @@ def take_down(
     index = dataset.index.set_column(dataset.index.schema.get_field_index("checksum"), "checksum", pa.array(checksums))
     with atomic(folder / "index.parquet") as file:
         pq.write_table(index, file, compression="zstd", write_page_checksum=True)
+    erase(folder, sorted(set(erased["pack"].to_pylist())), wanted)
     found = {*erased["id"].to_pylist(), *whole.filter(gone).to_pylist()} & wanted
     return {
         "samples": len(found),

@@ -177,7 +177,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast over float32 weights."""
     init_from: Path | None = None
-    """A checkpoint, or a run folder (its newest): weights to start from, taken over by name."""
+    """Weights to start from, taken over by name: a checkpoint, a run folder (its newest), or a published model
+    (`weizhiwang/Open-Qwen2VL`, or a folder of that layout or LLaVA's)."""
     device: str = "auto"
     """`auto`: the GPU if there is one, else the CPU."""
     optimizer: Annotated[Any, OPTIMIZERS] = AdamWConfig()
@@ -191,7 +192,7 @@ class TrainConfig(Section):
     guard: GuardConfig = GuardConfig()
     ema: Number = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which evaluation and export then use; 0: none."""
-    blocks: list[Pattern] = [r".*\.(blocks|layers|layer|h|stages)\.\d+"]
+    blocks: list[Pattern] = [r".*\.(blocks|resblocks|layers|layer|h|stages)\.\d+"]
     """Whole names of the repeated modules that are sharded, compiled and recomputed one by one."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     compile: bool = False

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mm.data.features import medium_of
 from mm.data.layout import Layout
 from mm.data.packed import Pack
 from mm.errors import ConfigError
@@ -24,12 +26,13 @@ from mm.train.accelerators import find
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.config import Run, TrainConfig
 from mm.train.engines.config import BUCKET, DeepSpeedConfig, FSDPConfig
+from mm.train.features import Aside, tower_of
 from mm.train.lora import apply_lora
 from mm.train.packs import Packs
 from mm.train.params import freeze
 from mm.train.trace import Trace, trace_step
 
-GPUS = ("H200", "H100 SXM", "A100 80GB", "L40S", "RTX A6000", "RTX 4090", "RTX 3090")
+GPUS = ("H200", "H100 SXM", "A100 80GB", "A100 40GB", "L40S", "RTX A6000", "RTX 4090", "RTX 3090")
 SPARE = 0.08
 """Share of a GPU's memory that is left to what is no tensor: CUDA's context, NCCL, workspaces, fragmentation."""
 LIVE = 1_000_000_000
@@ -58,6 +61,9 @@ def estimate(config: Run, ranks: int = 1, utilisation: float = 0.4) -> dict[str,
     packs = Packs.of(config, layout)
     with torch.device("meta"):
         system: System = config.model.build(weights=False)
+    if config.data.features:
+        medium = medium_of(layout)
+        packs.layout = replace(layout, features={medium: tower_of(system, medium).width})
     model = Model(system, packs, train.batch_tokens // config.data.context_length)
     flops = model.flops(train, ranks)
     memory = model.memory(train, ranks)
@@ -165,6 +171,7 @@ class Model:
     def __init__(self, system: System, packs: Packs, rows: int) -> None:
         self.system, self.packs, self.rows = system, packs, rows
         self._adapted: dict[str, System] = {}
+        self._aside: Aside | None = None
         self._traces: dict[tuple[Any, ...], tuple[Trace, list[Pack]]] = {}
 
     def adapted(self, train: TrainConfig) -> System:
@@ -175,28 +182,40 @@ class Model:
             with torch.device("meta"):
                 rules = apply_lora(system, train.lora)
             freeze(system, [*train.params, *rules])
+            if self.packs.layout.features:
+                self._aside = Aside.take(system, medium_of(self.packs.layout))
             checkpoint_activations(system, train.activation_checkpointing, find_blocks(system, train.blocks))
             self._adapted[mode] = system
         return self._adapted[mode]
 
     def parameters(self, train: TrainConfig) -> dict[str, dict[str, int]]:
         """By part, `total` and `trained`."""
+        parts = [*self.adapted(train).named_children()]
+        if self._aside:
+            parts.append((self._aside.tower.name, self._aside.module))
         return {
             name: {
                 "total": sum(p.numel() for p in part.parameters()),
                 "trained": sum(p.numel() for p in part.parameters() if p.requires_grad),
             }
-            for name, part in self.adapted(train).named_children()
+            for name, part in parts
         }
 
     def flops(self, train: TrainConfig, ranks: int) -> dict[str, int]:
         """Of a step over all ranks, by phase and `total`."""
         if self.packs.dataset is None:
             trace, packs = self._worst(train, ranks)
+            traces = [trace]
         else:
             packs = self.packs.sample
-            trace = trace_step(self.adapted(train), self.packs.batch(packs), train)
-        scaled = {phase: round(count * self.rows / len(packs)) for phase, count in trace.flops.items()}
+            traces = [
+                trace_step(self.adapted(train), self.packs.batch(group), train)
+                for group in self.packs.alike(packs, train.micro_batch)
+            ]
+        scaled = {
+            phase: round(sum(trace.flops[phase] for trace in traces) * self.rows / len(packs))
+            for phase in traces[0].flops
+        }
         return {**scaled, "total": sum(scaled.values())}
 
     def worst(self, train: TrainConfig, ranks: int) -> list[Pack]:

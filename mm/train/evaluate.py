@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.data.batch import IGNORE, MODALITIES, MediaBatch, PackedBatch, collate, with_dummies
@@ -21,8 +22,9 @@ from mm.data.layout import Layout
 from mm.data.loader import one_pass
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.sample import Media, keyed_rng
+from mm.data.tokens import Segment, SegmentMedia
 from mm.errors import DataError
-from mm.models.generate import generate
+from mm.models.generate import Decoding, generate
 from mm.models.system import GenerativeSystem
 from mm.train.engines.single import SingleEngine
 
@@ -49,16 +51,37 @@ def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedB
 
 
 def _swapped(media: MediaBatch) -> MediaBatch:
-    """Every item with its neighbour's content. Items must have one shape."""
-    values = media.stacked().roll(1, 0)
-    return replace(media, values=values.flatten())
+    """Every picture with its neighbour's content, resized where that has another size."""
+    if media.features is not None:
+        given = media.features.split(media.length.tolist())
+        moved = [_as_long(there, len(here)) for here, there in zip(given, [given[-1], *given[:-1]], strict=True)]
+        return replace(media, features=torch.cat(moved))
+    items = media.items()
+    values = [
+        _resized(there, here.shape[1:]).flatten() for here, there in zip(items, [items[-1], *items[:-1]], strict=True)
+    ]
+    return replace(media, values=torch.cat(values))
+
+
+def _as_long(features: Tensor, length: int) -> Tensor:
+    """[T, D] to [length, D]."""
+    if len(features) == length:
+        return features
+    return F.interpolate(features.T[None].float(), length, mode="linear")[0].T.to(features.dtype)
+
+
+def _resized(picture: Tensor, size: torch.Size) -> Tensor:
+    """[C, H, W] to [C, *size]."""
+    if picture.shape[1:] == size:
+        return picture
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
 
 
 def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
-    """The targets in some packs, [n] int32; reads no media beyond their bytes."""
+    """The targets in some packs, [n] int32."""
     found = []
     for number in packs:
-        pack = dataset.kept(number)
+        pack = dataset.text(number)
         found += [pack.tokens[max(a, s.start + 1) : b] for s in pack.segments for a, b in s.loss]
     return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
 
@@ -105,7 +128,8 @@ def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Ca
             )
             one = replace(media[index][0], position=media[index][0].position - segment.start)
             picture = segment.id.split("#")[0]
-            by_picture[picture][before.tobytes()] = Captioned(segment.id, one, before, caption)
+            prompt = np.delete(before, range(one.position, one.position + one.length)).tobytes()
+            by_picture[picture][prompt] = Captioned(segment.id, one, before, caption)
     prompts = sorted({prompt for options in by_picture.values() for prompt in options})
     dealt: dict[bytes, list[Captioned]] = {prompt: [] for prompt in prompts}
     pictures = sorted(by_picture)
@@ -130,10 +154,10 @@ def blocks(dealt: dict[bytes, list[Captioned]], candidates: int) -> Iterator[lis
 
 
 @torch.no_grad()
-def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned], chunk: int = 64) -> Tensor:
-    """[N, T, D] features of the items' pictures, on every rank."""
+def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned], chunk: int = 64) -> list[Tensor]:
+    """[T, D] features of each item's picture, on every rank."""
     assert isinstance(engine.system, GenerativeSystem)
-    features = []
+    features: list[Tensor] = []
     for start in range(0, len(items), chunk):
         packs = [
             Pack(
@@ -144,16 +168,17 @@ def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned]
             for item in items[start : start + chunk]
         ]
         batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(engine.device)
-        found = engine.call(engine.system.encode, "image", batch.media["image"])
-        features.append(found.view(len(packs), -1, found.shape[-1]).float())
-    return torch.cat(features)
+        image = batch.media["image"]
+        found = engine.call(engine.system.features, "image", image) if image.features is None else image.features
+        features += found.float().split(image.length.tolist())
+    return features
 
 
 @torch.no_grad()
 def caption_scores(
     engine: SingleEngine,
     items: list[Captioned],
-    features: Tensor,
+    features: list[Tensor],
     row_tokens: int = 8192,
     stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
@@ -181,7 +206,7 @@ def caption_scores(
     return np.array(engine.world.sum(scores.flatten().tolist())).reshape(scores.shape)
 
 
-def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int, int]]) -> PackedBatch:
+def _pair_batch(items: list[Captioned], features: list[Tensor], pairs: list[tuple[int, int]]) -> PackedBatch:
     """One row with a segment per (picture i, caption j); picture features are given, so no tower runs."""
     texts = [np.concatenate([items[i].before, items[j].caption]) for i, j in pairs]
     lengths = np.array([len(text) for text in texts])
@@ -197,7 +222,7 @@ def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int,
     media = [items[i].media for i, _ in pairs]
     position = torch.from_numpy(starts + [one.position for one in media])
     length = torch.tensor([one.length for one in media])
-    device = features.device
+    device = features[0].device
     empty = torch.empty(0)
     image = MediaBatch(
         values=empty,
@@ -208,7 +233,7 @@ def _pair_batch(items: list[Captioned], features: Tensor, pairs: list[tuple[int,
         length=length,
         cost=torch.tensor([one.cost for one in media]),
     ).to(device)
-    image = replace(image, features=features[[i for i, _ in pairs]].flatten(0, 1))
+    image = replace(image, features=torch.cat([features[i] for i, _ in pairs]))
 
     def row(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values)[None].to(device)
@@ -311,19 +336,20 @@ def caption_samples(
     """Generated captions of some test pictures, with the true ones; all ranks generate the same."""
     groups = captioned_pictures(test, seed)
     shares = {prompt: items[: math.ceil(count / max(1, len(groups)))] for prompt, items in groups.items()}
+    items = [item for share in shares.values() for item in share][:count]
+    if not items:
+        return []
+    pictures = [Media("image", item.media.data, item.media.ext) for item in items]
+    prompts = [
+        Segment(item.before, (), (SegmentMedia("image", one.position, one.length, one.cost, picture, one.plan),))
+        for item, picture, one in zip(items, pictures, (item.media for item in items), strict=True)
+    ]
+    decoding = Decoding(max_new_tokens=48)
+    written = engine.call(generate, engine.system, layout, prompts, decoding, synced=engine.world.ranks > 1)
     found = []
-    for items in shares.values():
-        if not items:
-            continue
-        # The prompt's text is what follows the placeholders; the template's own break is put back by `generate`.
-        first = items[0]
-        text = layout.tokenizer.decode(first.before[first.media.position + first.media.length :].tolist())
-        prompt = text.removeprefix(layout.template.after_media)
-        pictures = [Media("image", item.media.data, item.media.ext) for item in items]
-        written = engine.call(
-            generate, engine.system, layout, pictures, prompt, max_new_tokens=48, synced=engine.world.ranks > 1
-        )
-        for item, picture, caption in zip(items, pictures, written, strict=True):
-            true = layout.tokenizer.decode(item.caption.tolist())
-            found.append(({"id": item.id, "prompt": prompt.strip(), "true": true, "generated": caption}, picture))
-    return found[:count]
+    for item, picture, caption in zip(items, pictures, written, strict=True):
+        after = layout.tokenizer.decode(item.before[item.media.position + item.media.length :].tolist())
+        prompt = after.removeprefix(layout.template.after_media).strip()
+        true = layout.tokenizer.decode(item.caption.tolist())
+        found.append(({"id": item.id, "prompt": prompt, "true": true, "generated": caption}, picture))
+    return found

@@ -45,7 +45,7 @@ class Packs:
             self.limit = mixture.total()
             drawn = np.array([draw.pack for draw in _draws(mixture, min(DRAWS, len(dataset)))])
             columns = {name: dataset.index[name].to_numpy() for name in ("tokens", "loss_tokens")}
-            self._by_cost = (dataset.encoder_costs(), columns["loss_tokens"])
+            self._by_cost = (dataset.encoder_costs(), columns["loss_tokens"], columns["tokens"])
             counts = {
                 "tokens": columns["tokens"][drawn].mean(),
                 "loss": columns["loss_tokens"][drawn].mean(),
@@ -56,7 +56,9 @@ class Packs:
             self.sample = [self._read(int(order[int((n + 0.5) * len(order) / count)])) for n in range(count)]
         tokens = counts.pop("tokens")
         text = tokens - sum(counts[kind] for kind in layout.media())
-        self.tokens = {"text": text, **counts, "padding": data.context_length - tokens}
+        # Rows of one sample are only as long as the longest of their micro-batch, which has its like in length.
+        padding = 0 if data.packing == "single" else data.context_length - tokens
+        self.tokens = {"text": text, **counts, "padding": padding}
 
     @classmethod
     def of(cls, config: Run, layout: Layout) -> "Packs":
@@ -69,7 +71,8 @@ class Packs:
         if folder is None:
             return cls(layout, config.data)
         dataset = PackedDataset(folder)
-        dataset.require(layout, config.data.context_length, {name: most for name, most in config.data.budgets.items()})
+        budgets: dict[str, int] = {name: most for name, most in config.data.budgets.items()}
+        dataset.require(layout, config.data.context_length, budgets, config.data.packing)
         return cls(layout, config.data, dataset, Mixture(source_infos(dataset), config.data.mixture, config.seed))
 
     def _read(self, number: int) -> Pack:
@@ -84,16 +87,25 @@ class Packs:
         return count_steps(train, self.limit, rows, an_epoch)
 
     def worst(self, rows: int) -> list[list[Pack]]:
-        """Rows that one micro-batch may hold at worst: with the most for encoders, and with the most to learn."""
+        """Rows that one micro-batch may hold at worst: with the most for encoders, to learn, or of all."""
         if self.dataset is None:
             return [self.sample * rows]
-        costs, learned = self._by_cost
-        orders = {tuple(np.lexsort(keys)[::-1][:rows].tolist()) for keys in ((learned, costs), (costs, learned))}
+        costs, learned, tokens = self._by_cost
+        keys = [(learned, costs), (costs, learned), *([(costs, tokens)] if self.data.packing == "single" else [])]
+        orders = {tuple(np.lexsort(one)[::-1][:rows].tolist()) for one in keys}
         return [[self._read(number) for number in order] for order in sorted(orders)]
+
+    def alike(self, packs: list[Pack], micro_batch: int) -> list[list[Pack]]:
+        """Packs that are laid out together: all of them; where each is one sample, micro-batches by length."""
+        if self.data.packing == "full":
+            return [packs]
+        packs = sorted(packs, key=lambda pack: len(pack.tokens))
+        return [packs[first : first + micro_batch] for first in range(0, len(packs), micro_batch)]
 
     def batch(self, packs: list[Pack]) -> PackedBatch:
         """As the loader would make it, but with media on the meta device, never decoded."""
-        length, isolate = self.data.context_length, self.data.isolate_segments
+        length = None if self.data.packing == "single" else self.data.context_length
+        isolate = self.data.isolate_segments
         bare = [Pack(pack.tokens, pack.segments, ()) for pack in packs]
         batch = collate(bare, self.layout, length, isolate)
         found: dict[str, list[tuple[int, PackedMedia]]] = {}
@@ -102,7 +114,12 @@ class Packs:
                 found.setdefault(one.kind, []).append((row, one))
                 batch.modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
         for kind, items in found.items():
-            shapes = [decoded_shape(one, self.layout, packs[row].segments[one.segment].id) for row, one in items]
+            width = self.layout.features.get(kind)
+            shapes = [
+                decoded_shape(one, self.layout, packs[row].segments[one.segment].id) if width is None else (0, 0, 0)
+                for row, one in items
+            ]
+            size = (sum(one.length for _, one in items), width or 0)
             offsets = torch.tensor([0, *np.cumsum([math.prod(shape) for shape in shapes])])
             batch.media[kind] = MediaBatch(
                 values=torch.empty(int(offsets[-1]), device="meta"),
@@ -112,6 +129,7 @@ class Packs:
                 position=torch.tensor([one.position for _, one in items]),
                 length=torch.tensor([one.length for _, one in items]),
                 cost=torch.tensor([one.cost for _, one in items]),
+                features=None if width is None else torch.empty(size, dtype=torch.bfloat16, device="meta"),
             )
         return batch
 
@@ -141,16 +159,23 @@ def fullest_pack(layout: Layout, data: DataConfig) -> Pack:
     """One document that fills a row: as many media as positions and budgets allow, the rest learned text."""
     length = data.context_length
     media: list[PackedMedia] = []
-    at, samples = 1, 0
+    at = 1
     for kind in layout.media():
         budget: dict[str, int] = {name: most for name, most in data.budgets.items()}
+        plan: Any = {}
         _, positions, cost = layout.smallest(kind)
         room = length - 1 - at
+        if kind == "image":
+            assert layout.image is not None
+            plan, positions, cost = layout.image.largest()
+        if kind == "video":
+            assert layout.video is not None
+            plan = {"times": [0.0] * layout.video.frames}
         if kind == "audio":  # one recording as long as may be
             assert layout.audio is not None
             positions = min(room, budget.get("audio_tokens", room), budget.get("audio_cost", room))
-            samples = positions * layout.audio.hop
-            _, cost = layout.audio.count(samples)
+            plan = {"samples": positions * layout.audio.hop}
+            _, cost = layout.audio.count(plan["samples"])
         most = [
             room // max(positions, 1),
             budget.get(kind, room),
@@ -158,8 +183,6 @@ def fullest_pack(layout: Layout, data: DataConfig) -> Pack:
             budget.get(f"{kind}_cost", cost * room) // max(cost, 1),
         ]
         for _ in range(min(most)):
-            frames = layout.video.frames if layout.video else 0
-            plan: Any = {"audio": {"samples": samples}, "video": {"times": [0.0] * frames}}.get(kind, {})
             media.append(PackedMedia(kind, 0, at, positions, cost, "", b"", plan))
             at += positions
     tokens = np.zeros(length, dtype=np.int32)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mm.data.config import Split
+from mm.data.features import medium_of, require_any
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader
 from mm.data.packed import PackedDataset, read_ids
 from mm.data.prepare import open_splits
 from mm.errors import CheckpointError, ConfigError
+from mm.models import released
 from mm.models.system import System
 from mm.train import checkpoint
 from mm.train.config import Run, TrainConfig
@@ -72,9 +74,13 @@ def _open(
     data, train = config.data, config.train
     skip = read_ids(data.skip_ids.expanduser()) if data.skip_ids else frozenset[str]()
     layout: Layout = config.model.layout()
+    if data.features:
+        medium_of(layout)
     splits = open_splits(data, layout, config.seed, progress)
     for dataset in splits.values():
         dataset.drop(skip)
+        if data.features:
+            require_any(dataset)
     if config.evaluation.every and "validation" not in splits:
         raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
     loader = PackedLoader(
@@ -157,12 +163,15 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
 
 
 def _resampled(system: nn.Module, name: str, old: Tensor, new: Tensor, where: str) -> Tensor:
-    if name.endswith("pos_embed") and old.ndim == 3 and new.ndim == 3 and old.shape[2] == new.shape[2]:
+    # timm [1, T, D], open_clip [T, D]
+    if name.endswith(("pos_embed", "positional_embedding")) and old.shape[-1] == new.shape[-1]:
         from timm.layers import resample_abs_pos_embed
 
-        side, before = math.isqrt(new.shape[1]), math.isqrt(old.shape[1])
-        if side**2 == new.shape[1] and before**2 == old.shape[1]:
-            return resample_abs_pos_embed(old, [side, side], [before, before], num_prefix_tokens=0)
+        for prefix in range(min(6, old.shape[-2], new.shape[-2])):  # a class token, up to four registers
+            side, before = math.isqrt(new.shape[-2] - prefix), math.isqrt(old.shape[-2] - prefix)
+            if side**2 + prefix == new.shape[-2] and before**2 + prefix == old.shape[-2]:
+                grid = old.view(1, *old.shape[-2:])
+                return resample_abs_pos_embed(grid, [side, side], [before, before], prefix).view(new.shape)
     raise CheckpointError(
         f"{where}: {name} is {list(old.shape)}, this model's {list(new.shape)}; a stage's `convert` can change it"
     )
@@ -176,6 +185,17 @@ def _function(path: str) -> Any:
         raise ConfigError(
             f"stages.convert {path!r} cannot be imported ({error}); expected package.module:function"
         ) from None
+
+
+def initial_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights that `train.init_from` names, of a run, a checkpoint or a release, and where they were found.
+
+    Raises `CheckpointError`.
+    """
+    if (release := released.find(path)) is not None:
+        return released.tensors_of(release), str(path)
+    folder = checkpoint.find(path.expanduser())
+    return model_tensors_of(folder), str(folder)
 
 
 def model_tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig) -> Trace:
 
     Args:
         system: on the meta device, adapted, frozen and checkpointed as it will be; it is left as it is.
-        batch: on the CPU, its media's values on the meta device.
+        batch: on the CPU, its media's values and features on the meta device.
     """
     register()
     mode, live, flops = FakeTensorMode(allow_non_fake_inputs=True), _Live(), _Flops()
@@ -127,7 +127,11 @@ def _on_device(batch: PackedBatch) -> PackedBatch:
     """The batch with fake media, which count as being there."""
 
     def there(media: MediaBatch) -> MediaBatch:
-        return replace(media, values=torch.empty(media.values.shape, dtype=media.values.dtype, device="cpu"))
+        def like(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+        features = None if media.features is None else like(media.features)
+        return replace(media, values=like(media.values), features=features)
 
     return replace(batch, media={kind: there(media) for kind, media in batch.media.items()})
 

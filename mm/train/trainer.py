@@ -19,7 +19,10 @@ import torch
 
 from mm.data.batch import MODALITIES, PackedBatch
 from mm.data.config import Split
+from mm.data.features import medium_of
+from mm.data.layout import Layout
 from mm.data.loader import one_pass
+from mm.data.packed import PackedDataset
 from mm.errors import ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
 from mm.models.system import GenerativeSystem, System
@@ -32,13 +35,14 @@ from mm.train.distributed import RankFailed, World
 from mm.train.ema import EMA
 from mm.train.engines.single import SingleEngine
 from mm.train.estimate import estimate
+from mm.train.features import Aside
 from mm.train.guard import Guard
 from mm.train.lora import apply_lora
 from mm.train.metrics import MetricsLog, Throughput, check_trackers
 from mm.train.params import freeze, parameter_groups
 from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
-from mm.train.stages import Stage, model_tensors_of, open_stages, take_over, trained_system
+from mm.train.stages import Stage, initial_tensors, open_stages, take_over, trained_system
 from mm.train.step import Counted, Done, Stepper, count, counted
 
 
@@ -209,6 +213,10 @@ class Trainer:
             self._initialise(system, stage, newest)
         rules = [*train.params, *apply_lora(system, train.lora)]
         freeze(system, rules)
+        self.aside: Aside | None = None
+        if config.data.features:
+            self.aside = Aside.take(system, medium_of(stage.layout))
+            self.layout = stage.layout = replace(stage.layout, features={self.aside.medium: self.aside.tower.width})
         blocks = find_blocks(system, train.blocks)
         checkpoint_activations(system, train.activation_checkpointing, blocks)
         if train.compile:
@@ -230,6 +238,9 @@ class Trainer:
             assert newest is not None
             self._restore(stage, newest)
             self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
+        if self.aside:
+            self.aside.attach(stage.splits, stage.layout, config.data.decoder)
+            self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
         if self.world.main:
             self.folder.write_json("run.json", self._description())
         used = stage.rows * config.data.context_length
@@ -246,8 +257,7 @@ class Trainer:
             reached = Progress(**checkpoint.read_state(newest)["progress"])
             self.progress = replace(reached, stage=stage.number, stage_step=0, ended=False, best=None, stale=0)
         elif stage.config.train.init_from is not None:
-            found = checkpoint.find(stage.config.train.init_from.expanduser())
-            tensors, where = model_tensors_of(found), str(found)
+            tensors, where = initial_tensors(stage.config.train.init_from)
         else:
             return
         left = take_over(system, tensors, stage.convert, where)
@@ -256,6 +266,7 @@ class Trainer:
     def _restore(self, stage: Stage, folder: Path) -> None:
         tensors = self.engine.tensors_to_load(set(checkpoint.described(folder)))
         tensors |= self.ema.tensors() if self.ema else {}
+        tensors |= self.aside.tensors() if self.aside else {}
         state = checkpoint.load(folder, tensors)
         self.engine.loaded(tensors)
         self.progress = Progress(**state["progress"])
@@ -513,6 +524,8 @@ class Trainer:
             "config": self.config.resolved(),
         }
         tensors = {**self.engine.tensors(), **(self.ema.tensors() if self.ema else {})}
+        if self.aside and self.world.main:
+            tensors |= self.aside.tensors()
         self.checkpoints.save(self.progress.step, tensors, state, best)
         self.world.at(self.progress.step, "saved")
 
@@ -559,7 +572,8 @@ class Trainer:
 
     def _write_samples(self, stage: Stage, count: int) -> None:
         rows = []
-        found = evaluate.caption_samples(self.engine, stage.layout, stage.splits["test"], count, stage.config.seed)
+        with self._on_pictures(stage) as (layout, test):
+            found = evaluate.caption_samples(self.engine, layout, test, count, stage.config.seed)
         if not self.world.main or not found:
             return
         (self.out / "samples").mkdir(exist_ok=True)
@@ -569,13 +583,25 @@ class Trainer:
             rows.append({**sample, "image": name})
         self.folder.write_json("samples.json", rows)
 
+    @contextlib.contextmanager
+    def _on_pictures(self, stage: Stage) -> Iterator[tuple[Layout, PackedDataset]]:
+        """The layout and the test split as they are without features, and the model's tower in its place."""
+        if self.aside is None:
+            yield stage.layout, stage.splits["test"]
+            return
+        test = PackedDataset(stage.splits["test"].folder)
+        test.drop(stage.splits["test"].dropped)
+        with self.aside.back_in(self.system, self.engine.device):
+            yield replace(stage.layout, features={}), test
+
     def _description(self) -> dict[str, Any]:
+        aside = [(self.aside.tower.name, self.aside.module)] if self.aside else []
         parts = {
             name: {
                 "total": sum(p.numel() for p in part.parameters()),
                 "trained": sum(p.numel() for p in part.parameters() if p.requires_grad),
             }
-            for name, part in self.system.named_children()
+            for name, part in [*self.system.named_children(), *aside]
         }
         return {
             "versions": checkpoint.versions(),

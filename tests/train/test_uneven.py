@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.layout import AudioLayout, Layout, VideoLayout
-from mm.models.generate import generate
+from mm.models.generate import Decoding, generate, raw_prompt
 from mm.models.system import GenerativeSystem, place
 from mm.train import evaluate
 from mm.train.distributed import World
@@ -95,9 +95,9 @@ def generated(engine: dict[str, Any], have: list[bool]) -> list[str]:
         written = []
         for rank, has in enumerate(have):
             if world.ranks == 1 or rank == world.rank:
-                pictures = [picture(rank) if has else None]
-                call = dict(prompt="word3 ", max_new_tokens=6, synced=world.ranks > 1)
-                written += one.call(generate, one.system, MODEL.layout(), pictures, **call)
+                prompt = raw_prompt("word3 ", [picture(rank)] if has else [])
+                call = dict(decoding=Decoding(max_new_tokens=6), synced=world.ranks > 1)
+                written += one.call(generate, one.system, MODEL.layout(), [prompt], **call)
         return written
     finally:
         one.close()

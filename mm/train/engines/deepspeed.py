@@ -159,7 +159,8 @@ class DeepSpeedEngine(SingleEngine):
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         # At stage 3, what DeepSpeed's own forward does: weights that a module uses outside of its forward, such as the
         # positions of timm's towers, are gathered when they are asked for.
-        tables: list[Any] = [module._parameters for module in self.system.modules()] if self.stage == 3 else []
+        found: list[Any] = [module._parameters for module in self.system.modules()] if self.stage == 3 else []
+        tables = [table for table in found if hasattr(table, "_in_forward")]  # a module that came later has none
         for table in tables:
             table._in_forward = True
         try:
