@@ -136,9 +136,9 @@ def tower_flops(system: Any, run: RunConfig) -> int:
     frozen = any(rule.freeze and rule.match == "vision.*" for rule in run.train.params)
     with torch.device("meta"), torch.no_grad():
         with FlopCounterMode(display=False) as tower:
-            features = system.vision(torch.empty(1, 3, size, size))
+            features = system.vision.of_squares(torch.empty(1, 3, size, size))[0]
         with FlopCounterMode(display=False) as connector:
-            system.connector(features)
+            system.connector(system.connector.pool(features, [(run.model.vision.side,) * 2]))
     return int(tower.get_total_flops() * (1 if frozen else 3) + 3 * connector.get_total_flops())
 
 

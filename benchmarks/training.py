@@ -9,6 +9,7 @@ Speeds are over all steps but the first.
 
 import gc
 import json
+import math
 import os
 import resource
 import statistics
@@ -359,7 +360,9 @@ class Composed(nn.Module):
     ) -> Any:  # what transformers' models take and give
         embeddings = self.language.get_input_embeddings()(input_ids)
         if pixels is not None:
-            features = self.connector(self.vision(pixels)).flatten(0, 1)
+            patches = self.vision.of_squares(pixels)
+            side = math.isqrt(patches.shape[1])
+            features = self.connector(self.connector.pool(patches.flatten(0, 1), [(side, side)] * len(patches)))
             embeddings = embeddings.masked_scatter(pictures[..., None], features.to(embeddings.dtype))
         return self.language(inputs_embeds=embeddings, use_cache=False, **inputs)
 

@@ -1,6 +1,6 @@
 """mm: multimodal pre-training from configs.
 
-`import mm` is light: nothing here imports torch. `mm.load(run_or_checkpoint)` does, when it is called.
+`import mm` is light: nothing here imports torch. `mm.load(run, checkpoint or release)` does, when it is called.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -165,8 +165,8 @@ def test_commands_end_to_end_with_json(
     assert result("config", str(tmp_path / "run/config.yaml"))["train"]["max_steps"] == 2
     (tmp_path / "a.webp").write_bytes(picture("WEBP"))
     image = str(tmp_path / "a.webp")
-    captions = result("generate", run, image, "--prompt", "en: ", "--max-new-tokens", "5")["captions"]
-    assert set(captions) == {image}
+    (row,) = result("generate", run, "--image", image, "--prompt", "en: ", "--max-new-tokens", "5")["answers"]
+    assert row["images"] == [image] and isinstance(row["answer"], str)
     assert Path(result("report", run)["page"]).read_text().count("</html>") == 1
     found = result("doctor")
     assert found["problems"] == [] and found["machine"]["attention"].startswith("SDPA")
@@ -178,7 +178,7 @@ def test_commands_end_to_end_with_json(
         (["train", "nowhere.yaml"], "no such config file"),
         (["report", "nowhere"], "nowhere"),
         (["inspect", "nowhere"], "not a packed data set"),
-        (["generate", "nowhere", "x.png"], "x.png"),
+        (["generate", "nowhere", "--image", "x.png"], "x.png"),
         (["train", "x.yaml", "--nosuch"], "unknown argument '--nosuch'"),
     ],
 )

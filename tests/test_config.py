@@ -40,7 +40,11 @@ def test_what_is_no_number_is_left_alone(text: str) -> None:
     assert parse_number(text) == text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+# The config of a release is on the hub; tests/models/test_finetune.py runs it on a release of its own.
+SHIPPED = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.stem != "finetune"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_configs_resolve_to_themselves(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     again = tmp_path / "again.yaml"

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # From the bottom up: a room may import itself and what stands before it.
-ORDER = ["base", "data", "models", "train", "top", "cli"]
+ORDER = ["base", "data", "models", "train", "top", "evals", "cli"]
 BASE = {"mm.errors", "mm.settings", "mm.files", "mm.page", "mm.curves"}
 TOP = {"mm.config", "mm.hub", "mm.report", "mm.compare", "mm.doctor", "mm.display"}
 

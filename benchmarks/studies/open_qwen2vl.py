@@ -1,0 +1,185 @@
+"""Packed against padded rows, few against many tokens a picture, low-to-high against high alone.
+
+The three choices of Open-Qwen2VL (arXiv 2504.00595, sections 2.2 and 2.3) on pictures that anyone can have: the Tux
+Paint stamps and openclipart's drawings with their English captions, every tenth picture held out. A model of 7 million
+parameters from random weights; a picture has 12 x 12 patches, pooled to 5 x 5 ("low", as 27 x 27 are to 12 x 12) or not
+at all ("high").
+
+    mm data build stamps --out corpora/stamps && mm data build clipart --out corpora/clipart
+"""
+
+import hashlib
+import io
+import json
+import statistics
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import Config, Row, Run, Study
+from benchmarks.training import CACHE
+
+CORPORA = Path("corpora")
+DATA = CACHE / "study-open_qwen2vl"
+SHARDS = {"stamps": "stamps/images-*.tar", "clipart": "clipart/clipart-*.tar"}
+SEEDS = (0, 1, 2)
+LOW, HIGH = 25, 144
+ROWS = {LOW: 2, HIGH: 8}
+"""Rows of a step, by tokens a picture."""
+CONTEXT = 2048
+EPOCHS = 5
+
+MODEL = {
+    "kind": "open_qwen2vl",
+    "vision": {
+        "name": "timm/vit_tiny_patch16_224",
+        "pretrained": False,
+        "image_size": 96,
+        "block": -1,
+        "options": {
+            "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 6, "class_token": False, "global_pool": "",
+            "weight_init": "jax", "proj_drop_rate": 0.1,
+        },
+    },
+    "language": {
+        "tokenizer": "builtin:emoji",
+        "config": {
+            "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
+            "initializer_range": 0.05, "attention_dropout": 0.1,
+        },
+    },
+}  # fmt: skip
+
+
+def prepare() -> None:
+    """Shards of the splits, by picture; the folder appears when all are written."""
+    if DATA.exists():
+        return
+    partial = DATA.with_name(f".{DATA.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name, pattern in SHARDS.items():
+        shards = sorted(CORPORA.glob(pattern))
+        if not shards:
+            raise SystemExit(f"{CORPORA / pattern}: not there; mm data build {name} --out {CORPORA / name}")
+        outs = {split: tarfile.open(partial / f"{name}-{split}.tar", "w") for split in ("train", "test")}
+        for shard in shards:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    data = file.read()
+                    key, _, ext = member.name.rpartition(".")
+                    if ext == "json":
+                        data = _english(data)
+                    member.size = len(data)
+                    held_out = hashlib.sha256(key.encode()).digest()[0] < 26
+                    outs["test" if held_out else "train"].addfile(member, io.BytesIO(data))
+        for out in outs.values():
+            out.close()
+    partial.rename(DATA)
+
+
+def _english(data: bytes) -> bytes:
+    """The caption in English alone."""
+    about = json.loads(data)
+    english = [one["text"] for one in about.get("captions", []) if one["language"] == "en"]
+    return json.dumps({"caption": english[0] if english else about["caption"]}).encode()
+
+
+def config(tokens: int, packing: str = "full", **train: Any) -> Config:
+    """A run at so many tokens a picture. A step has about 100 pictures, packed or one a row."""
+    sources, test = (
+        [{"kind": "captions", "name": name, "path": str(DATA / f"{name}-{split}.tar")} for name in SHARDS]
+        for split in ("train", "test")
+    )
+    rows = ROWS[tokens] if packing == "full" else 100
+    return {
+        "data": {
+            "sources": sources,
+            "validation": test,
+            "test": test,
+            "context_length": CONTEXT,
+            "packing": packing,
+            "too_long": "drop",
+            "workers": 0,
+        },
+        "model": {**MODEL, "connector": {"kind": "pool_mlp", "tokens": tokens}},
+        "train": {
+            "epochs": EPOCHS,
+            "batch_tokens": rows * CONTEXT,
+            "micro_batch": min(rows, 2) if packing == "full" else 20,
+            "optimizer": {"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.3},
+            "schedule": {"kind": "cosine", "warmup": 5},
+            "log_every": 10,
+            "save_every": 50,
+            "device": "cpu",
+            **train,
+        },
+        "evaluation": {"every": 40, "candidates": 32, "samples": 0},
+    }
+
+
+def low_to_high(rows: list[Row]) -> Config:
+    """All epochs at few tokens, then as many steps at many as fill the time that many tokens alone took."""
+    low, high = ([row for row in rows if row["run"] == name] for name in ("low", "high"))
+    left = statistics.mean(row["seconds"] for row in high) - statistics.mean(row["seconds"] for row in low)
+    steps = max(1, round(left / statistics.mean(row["seconds"] / row["steps"] for row in high)))
+    few, many = config(LOW), config(HIGH)
+    stage = {"model": {"connector": many["model"]["connector"]}}
+    train = {key: many["train"][key] for key in ("batch_tokens", "micro_batch")}
+    return {
+        **few,
+        "stages": [
+            {"name": "low"},
+            {"name": "high", **stage, "train": {**train, "epochs": None, "max_steps": steps}},
+        ],
+    }
+
+
+RUNS = [
+    *(Run("low", seed, 7, lambda rows: config(LOW)) for seed in SEEDS),
+    *(Run("padded", seed, 9, lambda rows: config(LOW, "single")) for seed in SEEDS),
+    *(Run("high", seed, 16, lambda rows: config(HIGH)) for seed in SEEDS),
+    *(Run("low-to-high", seed, 16, low_to_high) for seed in SEEDS),
+]
+
+
+def show(rows: list[Row]) -> str:
+    """A table of means and ranges over seeds."""
+    by_run: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_run[row["run"]].append(row)
+    lines = [
+        "| run | seeds | loss-bearing tokens | training, s | caption loss | with the pictures swapped | matching |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, some in by_run.items():
+        results = [row["result"] for row in some]
+        cells = [
+            name,
+            str(len(some)),
+            f"{statistics.mean(row['loss_tokens'] for row in some):,.0f}",
+            spread([row["seconds"] for row in some], ".0f"),
+            spread([one["caption_loss"] for one in results], ".3f"),
+            spread([one["shuffled_loss"] for one in results], ".3f"),
+            spread([100 * one["match_accuracy"] for one in results], ".1f") + " %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """`mean (lowest to highest)`."""
+    low, high = min(values), max(values)
+    return f"{statistics.mean(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+STUDY = Study(
+    "open_qwen2vl",
+    "packed against padded; 25 against 144 tokens a picture; low-to-high against high alone, at equal time",
+    prepare,
+    RUNS,
+    show,
+)
