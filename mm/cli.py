@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from mm import __version__
 from mm.errors import ConfigError, MMError
@@ -171,7 +171,7 @@ def generate(args: argparse.Namespace) -> Result:
     from mm.display import Display
     from mm.models import answers
     from mm.models.generate import Decoding
-    from mm.models.system import GenerativeSystem
+    from mm.models.system import GenerativeSystem, weights_digest
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     decoding = Decoding(
@@ -188,12 +188,14 @@ def generate(args: argparse.Namespace) -> Result:
     if not isinstance(system, GenerativeSystem):
         raise ConfigError(f"{args.path}: a {config.model.kind} model does not write text")
     form = args.form or answers.form_of(config)
-    prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system)
+    after_media = layout.template.after_media
+    prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system, after_media=after_media)
     live = sys.stdout.isatty() and not (args.json or args.prompts or args.beams > 1)
     stream = partial(print, end="", flush=True) if live else None
-    answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream)
+    answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream, args.precision)
     if args.out:
-        about = (args.path, args.template, args.tokens, form, args.system, decoding, args.seed)
+        model = (args.path, weights_digest(system), args.template, args.tokens, args.precision)
+        about = (*model, form, args.system, decoding, args.seed)
         with Display() as display:
             progress = partial(display.packing, "answering")
             answers.write_answers(Path(args.out), rows, answer, args.batch, about, progress)
@@ -212,7 +214,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     from mm.display import Display
     from mm.evals import run
 
-    settings = run.Settings(args.prompt, args.scoring, args.shots, args.fixed_shots, args.seed)
+    settings = run.Settings(args.prompt, args.scoring, args.shots, args.fixed_shots, args.seed, args.precision)
     tasks = run.sources(args.task, args.images, args.examples)
     out = Path(args.out) if args.out else None
     with Display() as display:
@@ -420,6 +422,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"mm: {message}; see `{self.prog} --help`\n")
 
 
+def add_model(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `hub.load`."""
+    from mm.data.sample import Chat
+
+    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    sub.add_argument("--template", choices=get_args(Chat), help="another chat template than the model's")
+    sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
+
+
+def add_precision(sub: argparse.ArgumentParser) -> None:
+    help = "bf16: autocast over the weights, which stay in float32 (fp32)"
+    sub.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=help)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mm", description="Train multimodal models from configs; pack data sets; look at both.")
     parser.add_argument("--version", action="version", version=f"mm {__version__}")
@@ -458,7 +474,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
     sub.add_argument("--out", help="the page (inspect-NAME.html)")
     sub = command(generate, "let a trained model answer: prompts of text and pictures, one or a file of many")
-    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    add_model(sub)
     sub.add_argument("--image", action="append", default=[], help="a picture of the prompt; give it again for more")
     sub.add_argument("--prompt", default="", help="the text; <image> in it marks a picture (else they stand in front)")
     sub.add_argument("--prompts", metavar="FILE", help='many: a JSONL file of {"prompt": "…", "images": ["a.jpg", …]}')
@@ -468,8 +484,6 @@ def build_parser() -> argparse.ArgumentParser:
     about = "(if the model was trained on conversations)"
     form.add_argument("--chat", dest="form", action="store_const", const="chat", help=f"ask in the chat form {about}")
     form.add_argument("--raw", dest="form", action="store_const", const="raw", help="go on with the text as it stands")
-    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
-    sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
     sub.add_argument("--system", metavar="TEXT", help="the system turn of the chat form (the template's)")
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="at most so many tokens (64)")
     sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (0)")
@@ -479,16 +493,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     sub.add_argument("--stop", action="append", default=[], help="a text that ends the answer, cut off; repeatable")
     sub.add_argument("--stop-id", action="append", default=[], type=int, help="a token id that does; repeatable")
+    add_precision(sub)
     sub = command(evaluate, "run a model on published benchmarks (docs/evaluation.md)", name="eval")
-    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    add_model(sub)
     help = "a benchmark and its file, folder or glob, such as pope=coco_pope_random.json; repeatable"
     sub.add_argument("--task", action="append", required=True, metavar="NAME=PATH", help=help)
     help = "where pictures lie that a task's file only names (beside it)"
     sub.add_argument("--images", action="append", default=[], metavar="NAME=DIR", help=help)
     help = "how questions are asked: as published, or in the model's chat template (raw)"
     sub.add_argument("--prompt", choices=("raw", "chat"), default="raw", help=help)
-    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
-    sub.add_argument("--tokens", type=positive, help="another number of positions a picture, such as 144 or 729")
     help = "generate an answer and parse it, or take the likeliest of the choices (generate)"
     sub.add_argument("--scoring", choices=("generate", "likelihood"), default="generate", help=help)
     sub.add_argument("--shots", type=positive, default=0, metavar="K", help="solved examples before each question (0)")
@@ -498,13 +511,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the choice of examples (0)")
     sub.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
     sub.add_argument("--batch", type=positive, default=8, help="prompts at a time (8)")
+    add_precision(sub)
     sub.add_argument("--out", help="folder for results; what is there is not run again (eval-NAME)")
     sub = command(export, "write a model in a published format")
-    sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
+    add_model(sub)
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
     sub.add_argument("--to", choices=("transformers", "prismatic", "hf-llava"), help="the format, where several fit")
-    sub.add_argument("--template", choices=("chatml", "release", "fixed", "plain"), help="another chat template")
-    sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")
     sub.add_argument("--out", help="the page (RUN/report.html; of several runs compare.html)")

@@ -12,6 +12,7 @@ from mm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
+    from mm.models.generate import Form
     from mm.models.system import System
 
 
@@ -21,6 +22,8 @@ class ReleaseConfig:
 
     model: Any
     """An `OpenQwen2VLConfig`."""
+    form: "Form"
+    """How it is asked unless somebody says."""
 
 
 def load(
@@ -53,10 +56,11 @@ def load(
     from mm.train.stages import trained_system
 
     config: Any
-    if released.find(path) is not None:
+    if (release := released.find(path)) is not None:
         from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
 
-        config = ReleaseConfig(_changed(OpenQwen2VLConfig.model_validate({"released": str(path)}), template, tokens))
+        model = OpenQwen2VLConfig.model_validate({"released": str(path)})
+        config = ReleaseConfig(_changed(model, template, tokens), release.form)
         system = config.model.build()
     else:
         folder = checkpoint.find(Path(path))
@@ -100,6 +104,7 @@ def export(
         ConfigError: the model does not fit the format, or `out` is there.
         CheckpointError: there is none.
     """
+    from mm.models.answers import form_of
     from mm.models.released import FORMATS, llava, prismatic, transformers
 
     if out.exists():
@@ -120,9 +125,9 @@ def export(
         if to == "transformers":
             note = transformers.write(language, layout, partial)
         elif to == "prismatic":
-            prismatic.write(system, layout, model, partial)  # type: ignore[arg-type]
+            prismatic.write(system, layout, model, partial, out.name, form_of(config))  # type: ignore[arg-type]
         else:
-            note = llava.write(system, layout, model, partial)  # type: ignore[arg-type]
+            note = llava.write(system, layout, model, partial, form_of(config))  # type: ignore[arg-type]
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

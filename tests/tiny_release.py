@@ -136,10 +136,9 @@ def write_release(folder: Path, model: Prismatic, vision: bool = True, **about: 
     return folder
 
 
-def qwen_like_tokenizer() -> dict[str, Any]:
-    """The shipped tokenizer without `<s>` and `<|endofchunk|>`, as Qwen's comes."""
+def qwen_like_tokenizer(lacking: tuple[str, ...] = ("<s>", "<|endofchunk|>")) -> dict[str, Any]:
+    """The shipped tokenizer without some of its special tokens, by default those that Qwen's comes without."""
     values: dict[str, Any] = json.loads((builtin.folder("emoji") / "tokenizer/tokenizer.json").read_text())
-    lacking = ("<s>", "<|endofchunk|>")
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in lacking]
     vocabulary = values["model"]["vocab"]
     values["model"]["vocab"] = {f"[{t}]" if t in lacking else t: number for t, number in vocabulary.items()}

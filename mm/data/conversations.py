@@ -77,6 +77,7 @@ class Conversations(FilesSource):
         images, rows = (os.path.expanduser(one.replace("{root}", root)) for one in (config.images, config.rows))
         self._tars = expand(config.images, root) if images and not os.path.isdir(images) else []
         self._images, self._rows = images, rows
+        self.elsewhere = tuple(os.path.abspath(one) for one in (images, rows) if one)
 
     def open(self, path: str, limits: Limits) -> Shard:
         _ = self._members  # damage of the tars is not a sample's
@@ -87,7 +88,13 @@ class Conversations(FilesSource):
         """The members of the tars with pictures."""
         found: dict[str, Placed] = {}
         for path in self._tars:
-            found.update(place_members(path))
+            members = place_members(path)
+            if twice := found.keys() & members.keys():
+                name = min(twice)
+                raise DataError(
+                    f"{path}: {name} is in {found[name].path}, too; expected names that tell pictures apart"
+                )
+            found |= members
         return found
 
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
@@ -95,7 +102,7 @@ class Conversations(FilesSource):
         where = f"{id} in {group.shard.path}"
         fields = self._fields(group, where, limits)
         if isinstance(path := fields.get("path"), str) and not {"conversations", "messages"} & fields.keys():
-            fields = _read_row(self._folder(group, self._rows, where, "rows"), path, where, limits)
+            fields = self._renamed(_read_row(self._folder(group, self._rows, where, "rows"), path, where, limits))
         if not is_wanted(fields, self._only):
             return []
         try:
@@ -109,8 +116,9 @@ class Conversations(FilesSource):
 
     def _parts(self, group: Group, fields: Fields, where: str) -> list[Part]:
         turns = [(role, _pieces(content)) for role, content in _turns(fields, where)]
-        pictures = self._listed(group, fields)
         slots = sum(piece == _Slot() for _, pieces in turns for piece in pieces)
+        own = any(isinstance(piece, _Slot) for _, pieces in turns for piece in pieces) and not slots
+        pictures = [] if own else self._listed(group, fields)  # turns that bring their pictures name no others
         if slots != len(pictures):
             raise DataError(
                 f"{where}: {slots} {IMAGE} in its turns for {len(pictures)} pictures; expected one for each picture"

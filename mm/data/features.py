@@ -33,7 +33,7 @@ from torch import Tensor
 from mm.data.batch import Allocate, MediaBatch, Rows, RowSettings, lay_out, new_arrays
 from mm.data.layout import Layout
 from mm.data.media import Decoder
-from mm.data.packed import Pack, PackedDataset, Reader, checksum, members_in, read_range
+from mm.data.packed import Pack, PackedDataset, Reader, checksum, members_in, names_of, read_range
 from mm.data.plan import Progress
 from mm.data.workers import run_workers
 from mm.data.write import join_parts, write_part
@@ -184,7 +184,7 @@ def find(dataset: PackedDataset, tower: Tower) -> Features:
         raise DataError(f"{folder}: is not whole; `mm data encode` goes on where it stopped")
     require_any(dataset)
     others = [json.loads(path.read_text(encoding="utf-8"))["tower"] for path in _sets(dataset.folder)]
-    differs = min((_differences(other, tower) for other in others), key=len, default=["none is whole"])
+    differs = min((_differences(other, tower) for other in others), key=len)
     raise DataError(
         f"{dataset.folder}: its features are of another tower: {'; '.join(differs)}; make this one's with "
         "`mm data encode`"
@@ -192,11 +192,11 @@ def find(dataset: PackedDataset, tower: Tower) -> Features:
 
 
 def require_any(dataset: PackedDataset) -> None:
-    """Raise `DataError` for a split without features, whatever tower they would have to be of."""
-    if not any(dataset.folder.glob("features-*")):
+    """Raise `DataError` for a split without a whole set of features, whatever tower they would have to be of."""
+    if not _sets(dataset.folder):
         raise DataError(
-            f"{dataset.folder}: has no features of a frozen tower; make them with `mm data encode CONFIG`, or set "
-            "data.features=false"
+            f"{dataset.folder}: has no features of a frozen tower, or none that are whole; make them with "
+            "`mm data encode CONFIG`, or set data.features=false"
         )
 
 
@@ -399,7 +399,7 @@ class Encoding:
             yield group
 
     def _is_dropped(self, id: str) -> bool:
-        return bool({id, id.split("#")[0]} & self.dataset.dropped)
+        return bool(names_of(id) & self.dataset.dropped)
 
     def _finish(self) -> None:
         index = self.folder / "index.parquet"
@@ -467,7 +467,7 @@ def erase(split: Path, packs: list[int], ids: frozenset[str]) -> None:
         about, entries = json.loads((folder / ABOUT).read_text()), index.to_pylist()
         for number in packs:
             entry, pack = entries[number], dataset.read(number)
-            gone = {n for n, segment in enumerate(pack.segments) if {segment.id, segment.id.split("#")[0]} & ids}
+            gone = {n for n, segment in enumerate(pack.segments) if names_of(segment.id) & ids}
             media = [one for one in pack.media if one.kind == about["medium"]]
             with open(folder / entry["shard"], "r+b") as file:
                 at = entry["offset"]

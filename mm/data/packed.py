@@ -31,7 +31,7 @@ from mm.errors import DataError
 if TYPE_CHECKING:
     from mm.data.features import Features
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OPEN_FILES = 64
 DROPPED = "dropped.txt"
 ABOUT = ("layout", "settings", "packs", "ledger", "provenance")
@@ -233,6 +233,12 @@ class Reader:
         self._files.close()
 
 
+def names_of(id: str) -> set[str]:
+    """What a segment is meant by: its own id and, without the number of a piece or of a part, that of its sample."""
+    parts = id.split("#")
+    return {"#".join(parts[:count]) for count in range(1, len(parts) + 1)}
+
+
 def without(pack: Pack, skip: frozenset[str], pad: int) -> Pack:
     """The pack with the segments of some samples blanked: their places become padding, their media are gone.
 
@@ -240,7 +246,7 @@ def without(pack: Pack, skip: frozenset[str], pad: int) -> Pack:
     """
     if not skip:
         return pack
-    kept = [n for n, segment in enumerate(pack.segments) if not {segment.id, segment.id.split("#")[0]} & skip]
+    kept = [n for n, segment in enumerate(pack.segments) if not names_of(segment.id) & skip]
     if len(kept) == len(pack.segments):
         return pack
     new = {old: number for number, old in enumerate(kept)}

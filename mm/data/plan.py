@@ -81,7 +81,7 @@ def make_plan(path: Path, scans: dict[str, list[Path]], settings: PackSettings, 
             costs = np.stack([columns_of[budget][mine] for budget in settings.capacities], axis=1)
             rng = keyed_rng(settings.seed, "packs", name, visit)
             if settings.packing == "single":
-                packs = np.arange(len(mine))
+                packs = np.argsort(np.argsort(_place(len(mine), rng)))
             else:
                 packs = _near(pack(costs, list(settings.capacities.values())), costs, rng)
             # Inside a pack samples stand in a drawn order, so that a row does not open with its longest sample.
@@ -123,11 +123,16 @@ def _ledger(name: str, scans: list[Scan], settings: PackSettings) -> dict[str, i
 def _near(packs: np.ndarray, costs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Packs numbered anew at random, and segments of equal costs swapped among them by their place in the source."""
     packs = rng.permutation(int(packs.max(initial=-1)) + 1)[packs]
-    place = np.arange(len(packs)) + rng.integers(0, JITTER, len(packs))
+    place = _place(len(packs), rng)
     alike = tuple(costs.T)
     near = np.empty_like(packs)
     near[np.lexsort((place, *alike))] = packs[np.lexsort((packs, *alike))]
     return near
+
+
+def _place(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Where segments stand in the source, give or take."""
+    return np.arange(count) + rng.integers(0, JITTER, count)
 
 
 def _shards(sizes: np.ndarray) -> list[int]:

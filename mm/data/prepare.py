@@ -32,7 +32,7 @@ from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset
 from mm.data.plan import Plan, Progress, make_plan
 from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote, without_secrets
 from mm.data.scan import PackSettings, Scan, file_state, is_scanned, scan_shard
-from mm.data.shards import stem
+from mm.data.shards import Stale, stem
 from mm.data.sources import Source
 from mm.data.write import PLAN_ROWS, Scanned, is_written, join_parts, write_shard
 from mm.errors import DataError
@@ -104,14 +104,28 @@ class PackJob:
                 return False
             plan = self.work / "plan.arrow"
             if not plan.exists():
-                make_plan(plan, self._scans(), self.settings, self.progress)
+                try:
+                    make_plan(plan, self._scans(), self.settings, self.progress)
+                except DataError:
+                    self._forget_bad_scans()
+                    raise
             count = len(Plan.read(plan).shards)
-            if not self._step("write", count, lambda n: is_written(self.work, n), workers):
-                return False
+            try:
+                if not self._step("write", count, lambda n: is_written(self.work, n), workers):
+                    return False
+            except Stale:
+                shutil.rmtree(self.work, ignore_errors=True)
+                raise
             self._describe(Plan.read(plan))
         (self.work / "out").rename(self.out)
         fsync(self.out.parent)
         return True
+
+    def _forget_bad_scans(self) -> None:
+        """Shards with bad samples are scanned again the next time: what they lacked may be there then."""
+        for path in (self._scan_path(number) for number in range(len(self.shards))):
+            if Scan(path).bad:
+                path.with_suffix(".json").unlink()
 
     def _step(self, method: str, count: int, done: Callable[[int], bool], workers: Workers) -> bool:
         """The items of one step that are mine and not done; True when nobody has any left."""
@@ -239,7 +253,8 @@ def _job(
         _local_identity(url) if one is None else {"path": url, **one}
         for (_, url), one in zip(shards, known, strict=True)
     ]
-    fingerprint = _digest([FORMAT_VERSION, layout.describe(), asdict(settings), described, identities])
+    elsewhere = [source.elsewhere for source in sources]
+    fingerprint = _digest([FORMAT_VERSION, layout.describe(), asdict(settings), described, identities, elsewhere])
     folder = out or data.cache.expanduser() / "packed" / f"{split}-{fingerprint}"
     # What the set was made of, without where that happened to lie: names and sizes, not folders and times.
     names = [{"name": _file(url), "bytes": one["size"]} for (_, url), one in zip(shards, identities, strict=True)]
@@ -303,8 +318,16 @@ def open_splits(
 
 
 def _local_identity(path: str) -> dict[str, Any]:
-    size, modified = file_state(Path(path))
-    return {"path": str(Path(path).resolve()), "size": size, "modified": modified}
+    """Of a file, or of a folder that is a shard: the bytes in it, and a digest of what each file looks like."""
+    place = Path(path)
+    about: dict[str, Any]
+    if place.is_dir():
+        files = sorted((one.name, *file_state(one)) for one in place.iterdir() if one.is_file())
+        about = {"size": sum(size for _, size, _ in files), "modified": _digest(files)}
+    else:
+        size, modified = file_state(place)
+        about = {"size": size, "modified": modified}
+    return {"path": str(place.resolve()), **about}
 
 
 def _file(url: str) -> str:

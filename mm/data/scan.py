@@ -24,8 +24,9 @@ from mm.data.chat import is_chat
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.sample import Sample
-from mm.data.shards import Extent, Placed
+from mm.data.shards import Extent, Placed, Stale
 from mm.data.sources import Source, sample_id
+from mm.data.tables import Lost
 from mm.data.tokens import (
     COSTS,
     DoesNotFit,
@@ -102,7 +103,7 @@ class Scan:
 
     def check_unchanged(self) -> None:
         if file_state(self.shard) != self.state:
-            raise DataError(f"{self.shard}: was changed after it had been scanned; pack the data set again")
+            raise Stale(f"{self.shard}: was changed after it had been scanned; pack the data set again")
 
 
 def file_state(path: Path) -> list[int]:
@@ -145,7 +146,7 @@ def scan_shard(
                     raise found
                 segments, counts = _segments(found, layout, settings)
             except DataError as error:
-                if settings.max_bad_fraction == 0 or isinstance(error, TooLong):
+                if settings.max_bad_fraction == 0 or isinstance(error, TooLong | Lost):
                     raise
                 bad.append({"id": id, "reason": str(error)})
                 segments, counts = [], {"quarantined": 1}

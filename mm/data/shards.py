@@ -102,6 +102,10 @@ class Extent:
         return io.BufferedReader(_View(self.file.fileno(), self.offset, self.size), 4096)
 
 
+class Stale(DataError):
+    """What was scanned is no longer there as it was: scans have to be made again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Bytes that lie in another file than the shard: in one of their own, or a tar. Opened when they are asked for.
@@ -118,13 +122,17 @@ class Placed:
         try:
             with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_mtime_ns != self.modified:
-                    raise DataError(f"{self.path}: was changed after it had been scanned; pack the data set again")
+                    raise Stale(f"{self.path}: was changed after it had been scanned; pack the data set again")
                 return Extent(file, self.path, self.offset, self.size).read()
-        except FileNotFoundError:
-            raise DataError(f"{self.path}: is gone since it was scanned; pack the data set again") from None
+        except OSError as error:
+            raise Stale(f"{self.path}: can no longer be read ({error.strerror}); pack the data set again") from None
 
     def open(self) -> BinaryIO:
-        handle = os.open(self.path, os.O_RDONLY)
+        """Raises `DataError` where it cannot be."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}") from None
         return io.BufferedReader(_View(handle, self.offset, self.size, owned=True), 4096)
 
 
@@ -438,13 +446,15 @@ def place_members(path: str) -> dict[str, Placed]:
     with Tar(path) as tar:
         if tar.is_compressed:
             raise DataError(f"{path}: members of compressed tars have no place to be read from; decompress it")
-        modified = os.stat(path).st_mtime_ns
+        modified, place = os.stat(path).st_mtime_ns, os.path.abspath(path)
         found: dict[str, Placed] = {}
         for member in tar.members():
             if isinstance(member, DataError):
                 raise member
             name, extent = member
-            found[name] = Placed(os.path.abspath(path), extent.offset, extent.size, modified)
+            if name in found:
+                raise DataError(f"{path}: two of its members are called {name}; expected names that tell them apart")
+            found[name] = Placed(place, extent.offset, extent.size, modified)
         return found
 
 

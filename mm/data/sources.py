@@ -34,9 +34,11 @@ Fields = dict[str, Any]
 
 
 class Source(Protocol):
-    """What planning asks of a source. `config` is its own, as it stands in a data set's provenance."""
+    """What planning asks of a source."""
 
     name: str
+    elsewhere: tuple[str, ...]
+    """Where its samples find what is not in the shards, as absolute paths: part of what names a packed set."""
 
     def shards(self) -> list[str]: ...
 
@@ -67,6 +69,7 @@ class FilesSource:
 
     def __init__(self, config: FilesConfig, root: str) -> None:
         self._path, self._columns, self._root = config.path, config.columns, root
+        self.elsewhere: tuple[str, ...] = ()
         self.name = config.name or _folder_name(config.path.replace("{root}", root))
 
     def shards(self) -> list[str]:
@@ -77,7 +80,9 @@ class FilesSource:
 
     def _fields(self, group: Group, where: str, limits: Limits) -> Fields:
         """The plain fields of a sample, by our names."""
-        fields = read_json(group, where, limits) if group.fields is None else group.fields
+        return self._renamed(read_json(group, where, limits) if group.fields is None else group.fields)
+
+    def _renamed(self, fields: Fields) -> Fields:
         return {**fields, **{ours: fields[theirs] for ours, theirs in self._columns.items() if theirs in fields}}
 
     def _media(self, group: Group, kind: MediaKind, where: str) -> Media:

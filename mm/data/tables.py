@@ -100,11 +100,18 @@ class JsonLines:
         return data
 
 
+class Lost(DataError):
+    """All that follows in a file is lost, however much it is: no share of bad samples measures that."""
+
+
 class JsonArray(JsonLines):
-    """Objects in one JSON array, however long, or one behind the other; parsed as they are read, a row at a time."""
+    """Objects in one JSON array, however long, or one behind the other; parsed as they are read, a row at a time.
+
+    Behind damage it cannot be read on, and then it raises `Lost`.
+    """
 
     def _damaged(self, how: str) -> DataError:
-        return DataError(f"{self.path}: damaged after {self._through} rows ({how}); {AGAIN}")
+        return Lost(f"{self.path}: damaged after {self._through} rows ({how}); {AGAIN}")
 
     def _rows(self) -> Iterator[Group | DataError]:
         for row in self._values():
@@ -144,9 +151,7 @@ class JsonArray(JsonLines):
                 return
             # More of the row: twice as much every time, since it is parsed from its start again.
             if len(text) - at > self._most:
-                raise DataError(
-                    f"{self.path}: row {self._through + 1} has over data.max_json_bytes = {self._most} bytes"
-                )
+                raise Lost(f"{self.path}: row {self._through + 1} has over data.max_json_bytes = {self._most} bytes")
             data = self._counted(self._file.read(chunk))
             chunk, ended = 2 * chunk, not data
             try:

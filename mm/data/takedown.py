@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mm.data.features import erase
-from mm.data.packed import DROPPED, PackedDataset, checksum, parse_pack, read_range
+from mm.data.packed import DROPPED, PackedDataset, checksum, names_of, parse_pack, read_range
 from mm.files import atomic
 
 
@@ -33,10 +33,8 @@ def take_down(
     with atomic(folder / DROPPED) as file:  # first, so that nobody reads them while they go
         file.writelines(f"{id}\n".encode() for id in sorted(wanted))
     plan = pq.read_table(folder / "plan.parquet", columns=["pack", "id", "tokens"])
-    whole = pc.list_element(pc.split_pattern(plan["id"], "#"), 0)
-    values = pa.array(sorted(wanted), type=pa.string())
-    gone = pc.or_(pc.is_in(plan["id"], value_set=values), pc.is_in(whole, value_set=values))
-    erased = plan.filter(gone)
+    names = [names_of(id) & wanted for id in plan["id"].to_pylist()]
+    erased = plan.filter(pa.array(map(bool, names), type=pa.bool_()))
     checksums = dataset.index["checksum"].to_pylist()
     for number, pack in enumerate(sorted(set(erased["pack"].to_pylist())), 1):
         place = dataset.place(pack)
@@ -50,7 +48,7 @@ def take_down(
     with atomic(folder / "index.parquet") as file:
         pq.write_table(index, file, compression="zstd", write_page_checksum=True)
     erase(folder, sorted(set(erased["pack"].to_pylist())), wanted)
-    found = {*erased["id"].to_pylist(), *whole.filter(gone).to_pylist()} & wanted
+    found = frozenset[str]().union(*names)
     return {
         "samples": len(found),
         "unknown": len(wanted - found),
@@ -63,7 +61,7 @@ def _erase(data: bytes, ids: frozenset[str]) -> bytes:
     """The bytes of a pack with the tokens and media of some samples as zeros; everything else stays where it is."""
     pack = parse_pack(data)
     erased = bytearray(data)
-    gone = {n for n, segment in enumerate(pack.segments) if {segment.id, segment.id.split("#")[0]} & ids}
+    gone = {n for n, segment in enumerate(pack.segments) if names_of(segment.id) & ids}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         places = {info.name.partition(".")[2]: (info.offset_data, info.size) for info in tar}
     start, size = places["npy"]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -23,6 +24,10 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which `tokenizers` does not pickle
 
     @classmethod
     def load(cls, name: str, added: tuple[str, ...] = ()) -> "Tokenizer":
@@ -60,7 +65,8 @@ class Tokenizer:
         found = self._backend.token_to_id(token)
         if found is None:
             raise DataError(
-                f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens"
+                f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens, or, for a "
+                "model without spare rows, name another one in model.template.bos, eos or pad"
             )
         return int(found)
 

@@ -98,15 +98,13 @@ def _rows(plan: pa.Table, scanned: list[Scanned]) -> list[dict[str, Any]]:
     for number in np.unique(scans).tolist():
         of_scan = np.flatnonzero(scans == number)
         about = {"from": number, "source": scanned[number].source, "shard": scanned[number].name}
-        start = 0
         # Batch by batch: taken from the table, all of its columns would be copied first.
-        for batch in Scan(scanned[number].scan).segments.to_batches():
-            at = places[of_scan] - start
-            mine = of_scan[(at >= 0) & (at < len(batch))]
-            start += len(batch)
-            if not len(mine):
-                continue
-            taken = batch.take(pa.array(places[mine] - start + len(batch)))
+        batches = Scan(scanned[number].scan).segments.to_batches()
+        starts = np.cumsum([0, *map(len, batches)])
+        of_batch = np.searchsorted(starts, places[of_scan], "right") - 1
+        for which in np.unique(of_batch).tolist():
+            mine = of_scan[of_batch == which]
+            taken = batches[which].take(pa.array(places[mine] - starts[which]))
             values, offsets = taken["ids"].values.to_numpy(), taken["ids"].offsets.to_numpy()
             others = taken.drop_columns(["ids"]).to_pylist()
             for place, row, first, last in zip(mine.tolist(), others, offsets[:-1], offsets[1:], strict=True):

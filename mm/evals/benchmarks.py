@@ -16,7 +16,7 @@ from typing import Any
 from mm.data.sample import Media
 from mm.data.sources import shortened
 from mm.errors import DataError
-from mm.evals.items import Form, Item, Record, RowTask
+from mm.evals.items import Item, Record, RowTask
 from mm.evals.parsing import (
     agreement,
     free_match,
@@ -29,11 +29,13 @@ from mm.evals.parsing import (
     typed_match,
 )
 from mm.evals.rows import Row, rows
+from mm.models.generate import Form
 
 
 class Choices(RowTask):
     """Multiple choice: the answer is a letter."""
 
+    version = 2
     contains = False
     """Also report how often the output merely contains the right letter, the rule of OQ."""
 
@@ -62,7 +64,7 @@ class MMBench(Choices):
     name = "mmbench"
     groups = ("category", "l2-category")
     contains = True
-    patterns = ("**/*dev*.tsv", "**/dev*.parquet")
+    patterns = ("**/*[dD][eE][vV]*.tsv", "**/dev*.parquet")
 
     def items(self, path: str, images: Path | None = None) -> Iterator[Item]:
         # Some files have a picture once, and its row's index in the place of the others.
@@ -341,20 +343,28 @@ def yes_no_metrics(records: Sequence[Record]) -> dict[str, float]:
 class VQA(RowTask):
     """Short answers against those of ten people: VQAv2 (1612.00837), OK-VQA (1906.00067), VizWiz (1802.08218).
 
-    A folder with a `*questions*.json` and an `*annotations*.json`, joined by question_id, or one file that holds both.
+    A folder with a `*questions*.json` and an `*annotations*.json`, joined by question_id (where some are named `val`,
+    only these), or one file that holds both.
     Fields: question_id, question, image_id or image, answers (texts, or objects with an `answer`), answer_type.
     """
 
     name = "vqa"
+    version = 2
     groups: tuple[str, ...] = ("answer_type",)
     labelled = True
     file_names: tuple[str, ...] = ("{}", "COCO_val2014_{:0>12}", "COCO_train2014_{:0>12}", "{:0>12}")
     """What the picture of an `image_id` may be called."""
-    patterns: tuple[str, ...] = ("**/*questions*.json", "**/val*.json", "**/validation*.parquet")
+    patterns: tuple[str, ...] = (
+        "**/*val*questions*.json",
+        "**/*questions*.json",
+        "**/val*.json",
+        "**/validation*.parquet",
+    )
 
     def items(self, path: str, images: Path | None = None) -> Iterator[Item]:
         folder = Path(path)
-        files = sorted(folder.glob("*annotations*.json")) if folder.is_dir() else []
+        of_names = (sorted(folder.glob(name)) for name in ("*val*annotations*.json", "*annotations*.json"))
+        files = next(filter(None, of_names), []) if folder.is_dir() else []
         self._given = {row.text("question_id"): self._answers(row) for file in files for row in rows(str(file))}
         yield from super().items(path, images)
 
@@ -405,5 +415,5 @@ class TextVQA(VQA):
 
     name = "textvqa"
     groups = ()
-    patterns = ("**/*val.json", "**/validation*.parquet")
+    patterns = ("**/TextVQA_[0-9]*val.json", "**/*val.json", "**/validation*.parquet")
     file_names = ("{}",)

@@ -18,8 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from mm.data.sample import Choice, Media, Sample, Text
 from mm.data.sources import SourceConfig
 from mm.errors import ConfigError, DataError
-from mm.evals.items import Form, Item, Record, Task
+from mm.evals.items import Item, Record, Task
 from mm.evals.rows import LIMITS, Row, rows
+from mm.models.generate import Form
 
 Words = tuple[str, ...]
 SIGMA = 6.0

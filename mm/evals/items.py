@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
-from typing import Any, Literal
+from typing import Any
 
 from mm.data.sample import Media
 from mm.data.sources import shortened
 from mm.errors import DataError
 from mm.evals.rows import Row, rows
+from mm.models.generate import Form
 
-Form = Literal["raw", "chat"]
-"""`raw`: plain text as the Open-Qwen2VL harness feeds it; `chat`: a user's turn in the layout's chat template."""
 Record = dict[str, Any]
 """What is kept of an item: id, prompt, output, parsed, answer, right (0 to 1), meta, scoring, seconds."""
 

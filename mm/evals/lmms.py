@@ -12,10 +12,11 @@ from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
 from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore[import-not-found]
 
 from mm import hub
+from mm.data.conversations import IMAGE
 from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.evals.run import chunks
-from mm.models.generate import IMAGE, Decoding, Prompt, chat_prompt, generate, log_likelihoods, raw_prompt
+from mm.models.generate import Decoding, Prompt, chat_prompt, generate, mean_losses, raw_prompt
 from mm.models.system import GenerativeSystem
 
 Request = Any
@@ -65,7 +66,8 @@ class MM(lmms):
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """`args`: text, continuation (or a function of the document), doc_to_visual, doc_id, task, split.
 
-        The log-likelihood in nats, summed over the continuation's tokens, and whether greedy decoding would write it.
+        lmms-eval takes the least of these numbers, so they are losses, whatever their name: the mean over the
+        continuation's tokens, in nats, as its own models give, and whether greedy decoding would write these tokens.
         """
         found: list[tuple[float, bool]] = []
         for some in chunks(requests, self.batch_size):
@@ -73,11 +75,7 @@ class MM(lmms):
             for text, target, visual, id, task, split in (one.args for one in some):
                 prompts.append(self._prompt(text, visual, id, task, split))
                 targets.append(target if isinstance(target, str) else str(target(self.task_dict[task][split][id])))
-            values = log_likelihoods(self.system, self.layout, prompts, targets)
-            longest = max(len(self.layout.tokenizer.encode(target)) for target in targets)
-            greedy = generate(self.system, self.layout, prompts, Decoding(max(longest, 1)))
-            written = [said.startswith(target.strip()) for said, target in zip(greedy, targets, strict=True)]
-            found += zip(values, written, strict=True)
+            found += mean_losses(self.system, self.layout, prompts, targets)
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
@@ -87,7 +85,9 @@ class MM(lmms):
         pictures = [_picture(one) for one in visual(self.task_dict[task][split][id]) or ()]
         if text.count(IMAGE) != len(pictures):
             text = f"{IMAGE}\n" * len(pictures) + text.replace(IMAGE, "")
-        return raw_prompt(text, pictures) if self.prompt == "raw" else chat_prompt(text, pictures, self.system_prompt)
+        if self.prompt == "raw":
+            return raw_prompt(text, pictures, self.layout.template.after_media)
+        return chat_prompt(text, pictures, self.system_prompt)
 
 
 def _alike(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-_OPEN, _CLOSE = r"[(\[\"'*]*", r"[)\].,:;\"'*]"
+_OPEN, _CLOSE = r"[(\[\"'*]*", r"(?:[)\].,:;\"*]|'(?!\w))"
 
 
 def parse_letter(output: str, options: Sequence[str]) -> str | None:

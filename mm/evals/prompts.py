@@ -11,8 +11,8 @@ import numpy as np
 from mm.data.layout import Layout
 from mm.data.sample import Media, Text, Tokens, Turn
 from mm.errors import DataError
-from mm.evals.items import Form, Item, Task
-from mm.models.generate import Decoding, Prompt
+from mm.evals.items import Item, Task
+from mm.models.generate import Decoding, Form, Prompt, without_breaks
 
 VERSION = 1
 """Of the wording and layout of prompts in both forms."""
@@ -35,7 +35,7 @@ def build(task: Task, item: Item, form: Form, layout: Layout, shots: Sequence[It
     asked = _texts(task.placed(item, form))
     if form == "chat":
         return (*parts, Turn("user"), *asked, Turn("assistant"))
-    return _without_breaks((*parts, *asked), layout.template.after_media)
+    return without_breaks((*parts, *asked), layout.template.after_media)
 
 
 def gap(placed: Sequence[str | Media]) -> str:
@@ -85,16 +85,6 @@ def _text(text: str) -> Text:
 
 def _texts(placed: Sequence[str | Media]) -> list[Text | Tokens | Media | Turn]:
     return [_text(part) if isinstance(part, str) else part for part in placed]
-
-
-def _without_breaks(parts: Prompt, after_media: str) -> Prompt:
-    """Text behind media without the break that the template of documents puts there itself."""
-    kept: list[Text | Tokens | Media | Turn] = []
-    for part in parts:
-        if isinstance(part, Text) and kept and isinstance(kept[-1], Media):
-            part = _text(part.text.removeprefix(after_media))
-        kept.append(part)
-    return tuple(kept)
 
 
 def _end_of_chunk(layout: Layout) -> Text | Tokens:

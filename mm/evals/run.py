@@ -5,7 +5,6 @@ that are there are not run again, so a run that was stopped goes on, and one wit
 of other settings, prompts or weights is refused, since its items would be another run's.
 """
 
-import hashlib
 import json
 import time
 from collections import Counter, defaultdict
@@ -15,18 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from mm import hub
 from mm.data.layout import Layout
 from mm.data.sample import keyed_rng
 from mm.errors import ConfigError, DataError
 from mm.evals import TASKS
-from mm.evals.items import Form, Item, Record, Task
+from mm.evals.items import Item, Record, Task
 from mm.evals.prompts import VERSION, answer_text, build, decoding, spelt
 from mm.files import atomic
-from mm.models.generate import Prompt, generate, log_likelihoods
-from mm.models.system import GenerativeSystem, System
+from mm.models.generate import Form, Precision, Prompt, autocast, generate, log_likelihoods
+from mm.models.system import GenerativeSystem, weights_digest
 from mm.settings import nearest
 
 Scoring = Literal["generate", "likelihood"]
@@ -50,6 +47,7 @@ class Settings:
     shots: int = 0
     fixed_shots: bool = False
     seed: int = 0
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +120,6 @@ def evaluate(
         "picture": layout.image and layout.image.describe(),
     }
     return [run_task(system, layout, source, settings, out, about, limit, batch, progress) for source in tasks]
-
-
-@torch.no_grad()
-def weights_digest(system: System) -> str:
-    """Tells one set of weights from another by up to 256 values of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in system.state_dict().items():
-        flat = tensor.flatten()
-        some = flat[:: max(1, len(flat) // 256)][:256].float().cpu().numpy()
-        digest.update(name.encode() + str(tuple(tensor.shape)).encode() + some.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def run_task(
@@ -254,11 +241,13 @@ class _Asker:
         free = [n for n, some in enumerate(candidates) if not some]
         records: list[Record] = [{} for _ in items]
         try:
-            outputs = generate(self._system, self._layout, [prompts[n] for n in free], self._decoding)
+            with autocast(self._system, self._settings.precision):
+                outputs = generate(self._system, self._layout, [prompts[n] for n in free], self._decoding)
+                scored = list(self._likelihoods(items, prompts, candidates))
             for n, output in zip(free, outputs, strict=True):
                 parsed = task.parse(items[n], output)
                 records[n] = {"output": output, "parsed": parsed, "scoring": "generate"}
-            for n, scores in self._likelihoods(items, prompts, candidates):
+            for n, scores in scored:
                 best = max(scores, key=lambda one: scores[one])
                 records[n] = {"output": best, "parsed": best, "scoring": "likelihood", "log_likelihoods": scores}
         except DataError as error:

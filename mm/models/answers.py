@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,11 +21,10 @@ from mm.data.packed import PackedDataset
 from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.files import fsync
-from mm.models.generate import Decoding, Prompt, chat_prompt, generate, raw_prompt
+from mm.models.generate import Decoding, Form, Precision, Prompt, autocast, chat_prompt, generate, raw_prompt
 from mm.models.system import GenerativeSystem
 
 Row = dict[str, Any]
-Form = Literal["chat", "raw"]
 Answer = Callable[[list[Row], int], list[str]]
 """From rows and the number of the first to their answers."""
 
@@ -73,8 +72,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def prompt_of(row: Row, form: Form, folder: Path = Path(), system: str | None = None) -> Prompt:
-    """A row as a prompt; paths of pictures are relative to `folder`, `system` is for the chat form.
+def prompt_of(
+    row: Row, form: Form, folder: Path = Path(), system: str | None = None, after_media: str = "\n"
+) -> Prompt:
+    """A row as a prompt; paths of pictures are relative to `folder`, `system` is for the chat form, `after_media` of
+    the template for the raw one.
 
     Raises:
         DataError: a picture cannot be read; there are more or fewer of them than `<image>` in the text.
@@ -84,18 +86,19 @@ def prompt_of(row: Row, form: Form, folder: Path = Path(), system: str | None = 
         raise ConfigError("a system turn is for the chat form; give --chat with --system")
     pictures = [read_picture(folder / image) for image in row.get("images", [])]
     text = row.get("prompt", "")
-    return chat_prompt(text, pictures, system) if form == "chat" else raw_prompt(text, pictures)
+    return chat_prompt(text, pictures, system) if form == "chat" else raw_prompt(text, pictures, after_media)
 
 
 def form_of(config: Any) -> Form:
     """How a model that `mm.load` gave is asked unless somebody says: in the chat form if conversations trained it.
 
-    That is what the sources of its run say, or of the packed set that it was trained on, if that is still there. A
-    published model does not say: it is asked so if its template is one of those that Open-Qwen2VL was fine-tuned with.
+    That is what the sources of its run say, or of the packed set that it was trained on, if that is still there; a
+    release says it itself (`Release.form`).
     """
-    data = getattr(config, "data", None)
-    if data is None:
-        return "chat" if config.model.template.chat in ("release", "fixed") else "raw"
+    form: Form | None = getattr(config, "form", None)
+    if form is not None:
+        return form
+    data = config.data
     kinds = {source.kind for source in data.sources}
     if data.packed is not None:
         with suppress(DataError):
@@ -111,12 +114,14 @@ def answerer(
     decoding: Decoding,
     seed: int,
     stream: Callable[[str], None] | None = None,
+    precision: Precision = "fp32",
 ) -> Answer:
     """A model as a function of rows. What is sampled depends on the seed, the first row's number and the batch."""
 
     def answer(rows: list[Row], first: int) -> list[str]:
         torch.manual_seed(seed + first)
-        return generate(system, layout, [prompt(row) for row in rows], decoding, stream=stream)
+        with autocast(system, precision):
+            return generate(system, layout, [prompt(row) for row in rows], decoding, stream=stream)
 
     return answer
 
@@ -139,8 +144,8 @@ def write_answers(
     """Answer all rows into the JSONL file `out`, which appears when it is whole.
 
     Args:
-        about: what else decides the answers: model, form, decoding, seed. What a stopped call with the same has done
-            is not done again.
+        about: what else decides the answers: model and weights, form, decoding, seed, precision. What a stopped call
+            with the same has done is not done again.
 
     Raises:
         ConfigError: `out` is there.

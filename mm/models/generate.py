@@ -8,15 +8,16 @@ where writing begins; the mask hides what is left of them, and positions count f
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from mm.data.batch import collate, with_dummies
+from mm.data.batch import PackedBatch, collate, with_dummies
 from mm.data.chat import END, SPELLINGS, is_chat
+from mm.data.conversations import IMAGE
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import join_segments
@@ -24,11 +25,14 @@ from mm.data.sample import Media, Text, Tokens, Turn
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
-from mm.models.backbone import ordinary_attention
+from mm.models import backbone
+from mm.models.objectives import next_token_losses
 from mm.models.system import GenerativeSystem
 
-IMAGE = "<image>"
 Prompt = tuple[Text | Tokens | Media | Turn, ...]
+Form = Literal["chat", "raw"]
+"""How a model is asked: `chat_prompt` or `raw_prompt`."""
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def generate(
         batch = with_dummies(batch, layout)
     chat = any(is_chat(prompt) for prompt in prompts if not isinstance(prompt, Segment))
     reader = _Reader.of(layout, decoding, chat)
-    with _evaluating(system), ordinary_attention(system.language), _own_defaults(system.language):
+    with _evaluating(system), backbone.ordinary_attention(system.language), _own_defaults(system.language):
         order = batch.segment_ids.argsort(dim=1, stable=True)  # padding first, then the prompt
         ids = system.language.generate(
             inputs_embeds=system.embed(batch).take_along_dim(order[..., None], dim=1),
@@ -132,6 +136,47 @@ def log_likelihoods(
     """
     if not prompts:
         return []
+    batch, pair = _answered(system, layout, prompts, answers, limits)
+    with _evaluating(system):
+        losses = system.token_losses(batch).double()
+    return (-losses.new_zeros(len(prompts)).index_add(0, pair, losses)).tolist()
+
+
+@torch.no_grad()
+def mean_losses(
+    system: GenerativeSystem,
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    limits: Limits = Limits(),  # noqa: B008
+) -> list[tuple[float, bool]]:
+    """Of each pair -log p(answer | prompt) in nats, the mean over the answer's tokens, and whether each of them is the
+    likeliest after those before it, so that greedy decoding writes the answer.
+
+    Raises:
+        DataError: as `log_likelihoods`.
+    """
+    if not prompts:
+        return []
+    batch, pair = _answered(system, layout, prompts, answers, limits)
+    keep = batch.learned()
+    with _evaluating(system):
+        where = batch.segment_ids, batch.position_ids
+        logits = backbone.run(system.language, system.embed(batch), *where, keep, batch.isolate_segments)
+    targets = batch.labels.flatten()[keep]
+    losses = next_token_losses(logits, targets).double()
+    missed = (logits.argmax(-1) != targets).double()
+    total, misses, tokens = (
+        values.new_zeros(len(prompts)).index_add(0, pair, values)
+        for values in (losses, missed, torch.ones_like(losses))
+    )
+    return list(zip((total / tokens.clamp(min=1)).tolist(), (misses == 0).tolist(), strict=True))
+
+
+def _answered(
+    system: GenerativeSystem, layout: Layout, prompts: Sequence[Prompt], answers: Sequence[str], limits: Limits
+) -> tuple[PackedBatch, Tensor]:
+    """Prompts with their answers as one row whose targets are the answers' tokens; and of which pair each target is."""
     pairs = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         known = tuple(replace(part, loss=False) if isinstance(part, Text | Tokens) else part for part in prompt)
@@ -141,10 +186,12 @@ def log_likelihoods(
     _positions(system, pairs)
     pack = join_segments([(f"prompt {i}", "", segment) for i, segment in enumerate(pairs)])
     batch = collate([pack], layout, row_length=len(pack.tokens)).to(next(system.parameters()).device)
-    with _evaluating(system):
-        losses = system.token_losses(batch).double()
-    pair = batch.segment_ids.flatten()[batch.learned()].long() - 1
-    return (-losses.new_zeros(len(pairs)).index_add(0, pair, losses)).tolist()
+    return batch, batch.segment_ids.flatten()[batch.learned()].long() - 1
+
+
+def autocast(system: GenerativeSystem, precision: Precision) -> torch.autocast:
+    """For a `with` around calls: float32, or bfloat16 over float32 weights as in training."""
+    return torch.autocast(next(system.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def chat_prompt(text: str, pictures: Sequence[Media] = (), system: str | None = None) -> Prompt:
@@ -161,15 +208,26 @@ def chat_prompt(text: str, pictures: Sequence[Media] = (), system: str | None = 
     return (*before, Turn("user"), *_placed(text, pictures), Turn("assistant"))
 
 
-def raw_prompt(text: str, pictures: Sequence[Media] = ()) -> Prompt:
+def raw_prompt(text: str, pictures: Sequence[Media] = (), after_media: str = "\n") -> Prompt:
     """A document to go on with, its pictures placed as in `chat_prompt`.
 
     So captioners are asked (`en: ` where the prompt of their captions was `{language}: `), and Open-Qwen2VL in its
-    published evaluation. A line break behind `<image>` is the one that the template puts there.
+    published evaluation. `after_media`: the template's; where it stands behind `<image>`, it is not put there twice.
     """
-    parts = _placed(text.replace(f"{IMAGE}\n", IMAGE), pictures)
+    parts = _placed(text, pictures)
     # The template opens text that follows media, even if it is empty.
-    return parts if parts and isinstance(parts[-1], Text) else (*parts, Text("", loss=False))
+    parts = parts if parts and isinstance(parts[-1], Text) else (*parts, Text("", loss=False))
+    return without_breaks(parts, after_media)
+
+
+def without_breaks(parts: Prompt, after_media: str) -> Prompt:
+    """Text behind media without the break that the template of documents puts there itself."""
+    kept: list[Text | Tokens | Media | Turn] = []
+    for part in parts:
+        if isinstance(part, Text) and kept and isinstance(kept[-1], Media):
+            part = replace(part, text=part.text.removeprefix(after_media))
+        kept.append(part)
+    return tuple(kept)
 
 
 def _placed(text: str, pictures: Sequence[Media]) -> Prompt:

@@ -63,12 +63,11 @@ class Aside:
         found = checkpoint.model_tensors(self.module)
         return {f"model.{self.tower.name}.{name}": tensor.detach() for name, tensor in found.items()}
 
-    def attach(self, splits: dict[Split, PackedDataset], layout: Layout, decoder: Decoder) -> None:
+    def attach(self, splits: dict[Split, PackedDataset], layout: Layout, run: Run) -> None:
         """Let splits be read with the features of this tower. Raises `DataError` where a split has none."""
         weights = digest(self.module)
         for split, dataset in splits.items():
-            described = describe(layout, self.medium, _decoder(split, decoder), self.tower.settings, weights)
-            dataset.read_features(find(dataset, described))
+            dataset.read_features(find(dataset, _described(run, split, layout, self.medium, self.tower, weights)))
 
     @contextlib.contextmanager
     def back_in(self, system: System, device: torch.device) -> Iterator[None]:
@@ -122,14 +121,14 @@ def encode(
             raise ConfigError(f"--split {missing[0]}: the run has {', '.join(opened)}")
         weights = digest(getattr(system, tower.name))
         on = resolve_device(device or run.train.device, 0)
-        about = {"precision": run.train.precision, "device": on.type, "versions": checkpoint.versions()}
+        about = {"device": on.type, "versions": checkpoint.versions()}
         for split, dataset in opened.items():
             if splits and split not in splits:
                 continue
             job = Encoding(
                 dataset,
                 layout,
-                describe(layout, medium, _decoder(split, run.data.decoder), tower.settings, weights),
+                _described(run, split, layout, medium, tower, weights),
                 tower.width,
                 _encoder(system, medium, on, run.train.precision),
                 about,
@@ -197,9 +196,9 @@ def tower_of(system: System, medium: str) -> Tower:
     return towers[medium]
 
 
-def _decoder(split: Split, decoder: Decoder) -> Decoder:
-    """Evaluation is always exact."""
-    return decoder if split == "train" else "exact"
+def _described(run: Run, split: Split, layout: Layout, medium: str, tower: Tower, weights: str) -> dict[str, Any]:
+    decoder: Decoder = run.data.decoder if split == "train" else "exact"  # as evaluation always is
+    return describe(layout, medium, decoder, {**tower.settings, "precision": run.train.precision}, weights)
 
 
 def _encoder(system: System, medium: str, device: torch.device, precision: str) -> Encode:

@@ -239,7 +239,7 @@ class Trainer:
             self._restore(stage, newest)
             self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
         if self.aside:
-            self.aside.attach(stage.splits, stage.layout, config.data.decoder)
+            self.aside.attach(stage.splits, stage.layout, config)
             self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
         if self.world.main:
             self.folder.write_json("run.json", self._description())

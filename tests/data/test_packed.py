@@ -22,7 +22,7 @@ import mm.data.packed as module
 from mm.data import plan
 from mm.data.config import DataConfig
 from mm.data.layout import Layout
-from mm.data.packed import Pack, PackedDataset, checksum
+from mm.data.packed import Pack, PackedDataset, checksum, names_of
 from mm.data.prepare import open_splits
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
@@ -250,7 +250,7 @@ def test_edited_packs_do_not_follow_the_format(copy: Path, old: bytes, new: byte
     ("change", "words"),
     [
         (lambda about: [], "packed format None"),
-        (lambda about: {**about, "format_version": 1}, "packed format 1, this version of mm reads 2"),
+        (lambda about: {**about, "format_version": 1}, "packed format 1, this version of mm reads 3"),
         (lambda about: {k: v for k, v in about.items() if k != "settings"}, "lacks settings"),
         (lambda about: {**about, "packs": 7}, "dataset.json counts 7 packs"),
     ],
@@ -266,7 +266,7 @@ def test_descriptions_that_do_not_fit_are_refused(
 
 
 def test_incomplete_sets_are_refused(copy: Path, tmp_path: Path) -> None:
-    for name, content in (("index.parquet", b"PAR1"), ("dataset.json", b'{"format_version": 2,')):
+    for name, content in (("index.parquet", b"PAR1"), ("dataset.json", b'{"format_version": 3,')):
         whole = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
         with pytest.raises(DataError, match=r"dataset\.json or index\.parquet is damaged"):
@@ -338,3 +338,9 @@ def test_a_packed_set_that_the_config_names(copy: Path, tmp_path: Path, layout: 
             open_splits(DataConfig.model_validate({**data, **change}), layout, 0)
     with pytest.raises(DataError, match="no packed training set"):
         open_splits(DataConfig.model_validate({**data, "packed": str(tmp_path / "no")}), layout, 0)
+
+
+def test_a_segment_is_meant_by_its_sample_and_all_that_it_is_a_piece_of() -> None:
+    assert names_of("web/000/7") == {"web/000/7"}
+    assert names_of("web/000/7#2") == {"web/000/7", "web/000/7#2"}
+    assert names_of("packs/3/uuid#1#0") == {"packs/3/uuid", "packs/3/uuid#1", "packs/3/uuid#1#0"}

@@ -54,7 +54,15 @@ def test_rows_are_as_long_as_the_longest_of_their_micro_batch(single: PackedData
         assert batch.input_ids.shape[1] == int((batch.segment_ids > 0).sum(1).max())
 
 
-@pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (12, 1), (3, 2), (2, 3)])
+def test_rows_come_in_a_drawn_order(single: PackedDataset, layout: Layout) -> None:
+    places = {f"pictures/{shard:03d}/{n:06d}": n for shard in range(2) for n in range(30 * shard, 30 * shard + 30)}
+    first = [places[id] for batches in steps(single, layout, 1) for id in ids(batches)]
+    assert max(first) - min(first) > 30, "a step is no run of neighbours"
+    on_disk = [places[single.read(number).segments[0].id] for number in range(60)]
+    assert sorted(on_disk) == list(range(60)) and on_disk != sorted(on_disk)
+
+
+@pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (12, 1), (3, 2), (2, 3), (2, 5)])
 def test_a_step_holds_the_same_samples_however_it_is_split(
     single: PackedDataset, layout: Layout, micro_batch: int, ranks: int
 ) -> None:

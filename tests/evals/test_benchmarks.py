@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import make_segment
 from mm.errors import DataError
 from mm.evals import TASKS
-from mm.evals.items import Form, Item
+from mm.evals.items import Item
 from mm.evals.prompts import answer_text, build, decoding, spelt
 from mm.evals.run import summary
+from mm.models.generate import Form
 
 Paths = dict[str, Path]
 N0, N1, N2, N3 = (one.name for one in emoji()[:4])
@@ -98,6 +100,25 @@ def test_ids_and_groups(paths: Paths) -> None:
     assert [item.meta["subject"] for item in items("mmmu", paths)] == ["Art_Theory"] * 2 + ["Math"] * 2
     assert ids["vqa"][0] == "42000" and items("vqa", paths)[0].answers == (N0,) * 10
     assert items("captions", paths)[1].answers == (f"A picture of a {N1}.", f"the {N1}, drawn small")
+
+
+def test_of_a_folder_the_evaluated_split_is_taken(tmp_path: Path) -> None:
+    """Of files of the published names, one beside the other."""
+    for name in ("vqa", "textvqa", "mmbench"):
+        (tmp_path / name).mkdir()
+    folder = WRITERS["vqa"](tmp_path / "vqa")
+    row = {"question_id": 1, "question": "What?", "image_id": 1}
+    (folder / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({"questions": [row]}))
+    (folder / "v2_mscoco_train2014_annotations.json").write_text(json.dumps({"annotations": [row]}))
+    assert len(list(TASKS["vqa"]().items(str(folder)))) == 4
+    file = WRITERS["textvqa"](tmp_path / "textvqa")
+    for name in ("TextVQA_Rosetta_OCR_v0.2_val.json", "TextVQA_0.5.1_train.json"):
+        shutil.copy(file, file.with_name(name))
+    assert len(list(TASKS["textvqa"]().items(str(file.parent)))) == 4
+    file = WRITERS["mmbench"](tmp_path / "mmbench")
+    shutil.copy(file, file.with_name("MMBench_TEST_EN.tsv"))
+    file.rename(file.with_name("MMBench_DEV_EN.tsv"))
+    assert len(list(TASKS["mmbench"]().items(str(file.parent)))) == 14
 
 
 def test_pictures_of_mmmu_stand_where_they_are_named(paths: Paths) -> None:

@@ -14,7 +14,7 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 from mm import hub
 from mm.errors import ConfigError
 from mm.evals.lmms import MM, _decoding, manifest
-from mm.models.generate import Decoding, chat_prompt, generate, log_likelihoods, raw_prompt
+from mm.models.generate import Decoding, chat_prompt, generate, mean_losses, raw_prompt
 
 DOCS = [{"question": f"What is picture {n}?", "image": emoji()[n].image} for n in range(3)]
 TEXT = {"task": "t", "doc_id": 0, "repeats": 1}
@@ -57,19 +57,19 @@ def model_picture(picture: Any) -> Any:
     return _picture(picture)
 
 
-def test_likelihoods_and_what_greedy_decoding_writes(model: MM) -> None:
+def test_the_likeliest_target_has_the_least_number(model: MM) -> None:
     prompt = raw_prompt(f"<image>\n{DOCS[0]['question']}", [model_picture(emoji()[0].image)])
     (greedy,) = generate(model.system, model.layout, [prompt], Decoding(3))
-    targets = [" yes", greedy]
+    targets = [" yes", greedy, "yes, a longer one"]
     asked = [
         Instance("loglikelihood", (DOCS[0]["question"], one, visual, 0, "t", "test"), 0, metadata=TEXT)
         for one in targets
     ]
     found = model.loglikelihood(asked)
-    assert [value for value, _ in found] == pytest.approx(
-        log_likelihoods(model.system, model.layout, [prompt] * 2, targets), abs=1e-4
-    )
-    assert found[0][1] is greedy.startswith("yes") and found[1][1] is True
+    expected = mean_losses(model.system, model.layout, [prompt] * 3, targets)
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=1e-4)
+    assert [written for _, written in found] == [written for _, written in expected]
+    assert min(found)[0] > 0
 
 
 def test_chat_prompts_and_placeholders(trained: Path) -> None:

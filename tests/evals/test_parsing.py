@@ -59,6 +59,7 @@ def test_options_that_are_alike_are_not_told_apart_by_text() -> None:
     assert parse_letter("C", ["yes", "no"]) is None
     nine = [f"word {n}" for n in "abcdefghi"]
     assert parse_letter("I think so", nine) is None and parse_letter("I", nine) == "I"
+    assert parse_letter("I'm not sure", nine) is None and parse_letter("'I' it is", nine) == "I"
 
 
 @pytest.mark.parametrize(

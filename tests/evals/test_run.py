@@ -14,11 +14,10 @@ from mm.config import RunConfig
 from mm.data.layout import Layout
 from mm.errors import ConfigError, DataError
 from mm.evals import TASKS
-from mm.evals.items import Form
 from mm.evals.prompts import answer_text, build, decoding
-from mm.evals.run import Settings, Source, read_records, run_task, sources, table, weights_digest
-from mm.models.generate import generate, log_likelihoods
-from mm.models.system import GenerativeSystem
+from mm.evals.run import Settings, Source, read_records, run_task, sources, table
+from mm.models.generate import Form, autocast, generate, log_likelihoods
+from mm.models.system import GenerativeSystem, weights_digest
 
 Model = tuple[GenerativeSystem, Layout]
 
@@ -63,6 +62,8 @@ def test_all_tasks_by_the_command_line(trained: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "out" / "mmmu.items.jsonl").read_bytes() == before
     assert main([*command, "--template", "plain"]) == 2
     assert "holds results with template 'chatml', not 'plain'" in capsys.readouterr().err
+    assert main([*command, "--precision", "bf16"]) == 2
+    assert "holds results with precision 'fp32', not 'bf16'" in capsys.readouterr().err
     assert main([*command, "--prompt", "chat"]) == 2
     assert "holds results with prompt 'raw-1', not 'chat-1'" in capsys.readouterr().err
 
@@ -92,6 +93,21 @@ def test_the_likeliest_choice_is_taken(model: Model, tmp_path: Path) -> None:
     expected = {one: log_likelihoods(system, layout, [prompt], [f" {one}"])[0] for one in "ABCD"}
     assert record["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
     assert record["parsed"] == max(expected, key=lambda one: expected[one])
+
+
+def test_in_bfloat16(model: Model, tmp_path: Path) -> None:
+    system, layout = model
+    path = written("pope", tmp_path)
+    settings = Settings(scoring="likelihood", precision="bf16")
+    assert run(model, "pope", path, tmp_path / "out", settings, limit=1)["precision"] == "bf16"
+    task = TASKS["pope"]()
+    item = next(task.items(str(path)))
+    (record,) = lines(tmp_path / "out", "pope")
+    prompts = [build(task, item, "raw", layout)] * 2
+    with autocast(system, "bf16"):
+        values = log_likelihoods(system, layout, prompts, [" yes", " no"])
+    assert record["log_likelihoods"] == pytest.approx(dict(zip(("yes", "no"), values, strict=True)), abs=1e-5)
+    assert values != log_likelihoods(system, layout, prompts, [" yes", " no"])
 
 
 def test_a_stopped_run_goes_on(model: Model, tmp_path: Path) -> None:

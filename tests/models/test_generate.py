@@ -6,6 +6,7 @@ The oracle is a loop of packed forward passes without a cache; for beams it is t
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,18 @@ from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
 from mm.hub import ReleaseConfig
 from mm.models import answers, backbone
-from mm.models.generate import Decoding, Prompt, _Reader, _Streamer, chat_prompt, generate, log_likelihoods, raw_prompt
+from mm.models.generate import (
+    Decoding,
+    Prompt,
+    _Reader,
+    _Streamer,
+    autocast,
+    chat_prompt,
+    generate,
+    log_likelihoods,
+    mean_losses,
+    raw_prompt,
+)
 from mm.models.system import GenerativeSystem
 from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
 from mm.models.systems.text_lm.config import TextLMConfig
@@ -366,6 +378,39 @@ def test_likelihoods_of_answers_in_every_chat_form(chat: str, qwen2: Built) -> N
         assert found == pytest.approx(sum(float(row[t]) for row, t in zip(logits, answer, strict=True)), abs=1e-5)
 
 
+def test_mean_losses_and_whether_greedy_decoding_writes_an_answer(qwen2: Built) -> None:
+    system, layout = qwen2
+    prompts: list[Prompt] = []
+    texts: list[str] = []
+    for prompt in PROMPTS:
+        written = [layout.tokenizer.decode(likeliest(system, layout, prompt, n)) for n in (1, 2)]
+        some = [text for text in (*ANSWERS, *written, f"{written[0]} cat") if text]
+        prompts, texts = [*prompts, *([prompt] * len(some))], [*texts, *some]
+    values = log_likelihoods(system, layout, prompts, texts)
+    found = mean_losses(system, layout, prompts, texts)
+    for prompt, text, value, (loss, greedy) in zip(prompts, texts, values, found, strict=True):
+        ids = layout.tokenizer.encode(text)
+        assert loss == pytest.approx(-value / len(ids), abs=1e-4, rel=1e-5)
+        assert greedy is all(
+            int(next_logits(system, layout, prompt, ids[:n]).argmax()) == token for n, token in enumerate(ids)
+        )
+    assert {greedy for _, greedy in found} == {True, False} and mean_losses(system, layout, [], []) == []
+
+
+def test_bfloat16_changes_numbers_a_little_and_no_weights(qwen2: Built) -> None:
+    system, layout = qwen2
+    exact = log_likelihoods(system, layout, PROMPTS, ANSWERS)
+    with autocast(system, "bf16"):
+        rounded = log_likelihoods(system, layout, PROMPTS, ANSWERS)
+        texts = generate(system, layout, PROMPTS, Decoding(max_new_tokens=4))
+    with autocast(system, "fp32"):
+        assert log_likelihoods(system, layout, PROMPTS, ANSWERS) == exact
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.1)
+    asked = answers.answerer(system, layout, lambda row: PROMPTS[row["n"]], Decoding(4), 0, precision="bf16")
+    assert asked([{"n": n} for n in range(len(PROMPTS))], 0) == texts
+    assert {parameter.dtype for parameter in system.parameters()} == {torch.float32}
+
+
 def test_the_likeliest_answer_is_the_one_that_is_written(qwen2: Built) -> None:
     system, layout = qwen2
     written = [layout.tokenizer.decode(likeliest(system, layout, prompt, 1)) for prompt in PROMPTS[:2]]
@@ -381,6 +426,7 @@ def test_pictures_stand_where_they_are_marked() -> None:
     assert raw_prompt("x <image>\ny<image>", [a, b]) == (
         Text("x ", loss=False), a, Text("y", loss=False), b, Text("", loss=False),
     )  # fmt: skip
+    assert raw_prompt("<image>\n<image>\nx", [a, b]) == (a, Text("", loss=False), b, Text("x", loss=False))
     assert chat_prompt("<image>\nx", [a], "s") == (
         Turn("system"), Text("s", loss=False), Turn("user"), a, Text("\nx", loss=False), Turn("assistant"),
     )  # fmt: skip
@@ -391,7 +437,8 @@ def test_pictures_stand_where_they_are_marked() -> None:
 
 
 def test_published_raw_prompts_are_token_for_token(qwen2: Built) -> None:
-    """`<image>`, newline, question (Open-Qwen2VL's harness): one newline behind the picture, not two."""
+    """`<image>`, newline, question (Open-Qwen2VL's harness): one newline behind each picture, not two and not none,
+    whatever the template puts there."""
     _, layout = qwen2
     text = "<image>\nQuestion: Is there a dog?\nAnswer:"
     ids = laid_out(raw_prompt(text, [picture(0)]), layout).ids.tolist()
@@ -399,6 +446,12 @@ def test_published_raw_prompts_are_token_for_token(qwen2: Built) -> None:
         layout.tokenizer.id("<s>"), *[layout.pad] * 4, *layout.tokenizer.encode(text.removeprefix("<image>")),
     ]  # fmt: skip
     assert laid_out(raw_prompt(text.removeprefix("<image>\n"), [picture(0)]), layout).ids.tolist() == ids
+    encode, slots = layout.tokenizer.encode, [layout.pad] * 4
+    for after_media in ("\n", ""):
+        one = replace(layout, template=replace(layout.template, after_media=after_media))
+        prompt = raw_prompt("<image>\n<image>\nQ", [picture(0), picture(1)], after_media)
+        ids = laid_out(prompt, one).ids.tolist()
+        assert ids == [layout.tokenizer.id("<s>"), *slots, *encode("\n"), *slots, *encode("\nQ")]
 
 
 def rows(count: int) -> list[answers.Row]:
@@ -470,9 +523,7 @@ def test_the_form_is_that_of_what_trained_the_model(
     assert answers.form_of(packed) == "chat"
     about.unlink()
     assert answers.form_of(packed) == "raw"
-    for chat, form in (("release", "chat"), ("fixed", "chat"), ("chatml", "raw")):
-        model = OpenQwen2VLConfig.model_validate(merge(TINY["model"], {"template": {"chat": chat}}))
-        assert answers.form_of(ReleaseConfig(model)) == form
+    assert answers.form_of(ReleaseConfig(packed.model, "chat")) == "chat"
 
 
 class Terminal(io.StringIO):
@@ -523,3 +574,22 @@ def test_the_command_line(run: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     with contextlib.redirect_stdout(Terminal()) as terminal:
         assert main(["generate", run, "--image", image, *few]) == 0
     assert terminal.getvalue().strip() == alone["answer"]
+
+
+def test_a_file_begun_with_other_weights_is_not_gone_on_with(
+    run: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")  # ends the command after its first batch
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"images": ["a.png"]}\n{"images": ["bad.png"]}\n')
+    command = ["generate", run, "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--batch", "1"]
+
+    def begun() -> int:
+        assert main([*command, "--max-new-tokens", "2"]) == 2
+        return len(list(tmp_path.glob(".out.jsonl.partial-*")))
+
+    assert (begun(), begun()) == (1, 1)
+    shutil.rmtree(run)
+    short = ["train.max_steps=1", "evaluation.candidates=0", "data.test=[]", "seed=1"]
+    assert main(["train", str(tiny()), *short]) == 0
+    assert begun() == 2

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_release import TOWER, Prismatic, picture, row_of, write_release
+from tiny_release import TOWER, Prismatic, picture, qwen_like_tokenizer, row_of, write_release
 from tiny_run import TINY
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -31,12 +32,13 @@ from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import decode_image
 from mm.data.sample import Media, Text, Turn
+from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import make_segment
 from mm.errors import CheckpointError, ConfigError
 from mm.hub import export
-from mm.models import released
+from mm.models import answers, released
 from mm.models.generate import Decoding, chat_prompt, generate, raw_prompt
-from mm.models.released import llava
+from mm.models.released import llava, prismatic
 from mm.models.released.chat_templates import jinja
 from mm.models.released.release import fit
 from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
@@ -133,7 +135,9 @@ def test_templates_by_name(kept: Path, theirs: Prismatic, tmp_path: Path) -> Non
     chats = {name: mm.load(kept, "cpu", template=name)[1].template.chat for name in ("release", "fixed", "chatml")}
     assert chats == {name: name for name in chats}
     base = write_release(tmp_path / "base", theirs, stage="pretrain")
-    assert mm.load(base, "cpu")[1].template.chat == "chatml"
+    _, layout, config = mm.load(base, "cpu")
+    assert (layout.template.chat, answers.form_of(config)) == ("chatml", "raw")
+    assert answers.form_of(mm.load(kept, "cpu", template="chatml")[2]) == "chat"
     with pytest.raises(ConfigError, match="template"):
         mm.load(kept, "cpu", template="nosuch")
 
@@ -278,6 +282,29 @@ def test_export_to_prismatic_is_the_same_release(kept: Path, tmp_path: Path) -> 
         export(kept, tmp_path / "other", to="prismatic")
 
 
+def test_a_tokenizer_that_is_not_the_published_one_is_written(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model's name; and refused where the tokens that every reader adds have no rows."""
+    system: Any
+    system, layout, config = mm.load(kept, "cpu")
+    named = config.model.language.model_copy(update={"name": LANGUAGE})
+    model = config.model.model_copy(update={"language": named})
+
+    def written(name: str, *added: str) -> Path:
+        changed = replace(layout, tokenizer=Tokenizer.load(str(kept / LANGUAGE), added))
+        prismatic.write(system, changed, model, tmp_path / name, name, "raw")
+        return tmp_path / name
+
+    _, again, about = mm.load(written("other", *prismatic.ADDED_TOKENS, "<|extra|>"), "cpu")
+    assert again.tokenizer.id("<|extra|>") == 4098 and answers.form_of(about) == "raw"
+    monkeypatch.chdir(kept)  # where a folder stands for the repository of that name
+    assert (written("another", *prismatic.ADDED_TOKENS, "<|extra|>") / LANGUAGE).is_dir()
+    assert not (written("same", *prismatic.ADDED_TOKENS) / LANGUAGE).exists()
+    with pytest.raises(ConfigError, match="4,226 tokens, and the model has 4,224 embedding rows"):
+        written("full", *(f"<|{number}|>" for number in range(128)))
+
+
 def test_export_to_llava_and_back_is_the_same_model(kept: Path, llava_folder: Path) -> None:
     again, layout, config = mm.load(llava_folder, "cpu")
     system, before, _ = mm.load(kept, "cpu", tokens=729)
@@ -376,6 +403,20 @@ def with_language(kind: str, **settings: Any) -> OpenQwen2VLConfig:
     language = {"tokenizer": "builtin:emoji", "config": {"model_type": kind, **SMALL, **settings}}
     values = {**TINY["model"], "connector": {"tokens": 16}, "language": language}
     return OpenQwen2VLConfig.model_validate(values)
+
+
+def test_llava_takes_a_captioner_without_tokens_of_a_chat(tmp_path: Path) -> None:
+    values = with_language("qwen2").model_dump()
+    lacking = qwen_like_tokenizer(("<|im_start|>", "<|im_end|>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(lacking))
+    values["language"]["tokenizer"], values["template"]["eos"] = str(tmp_path), "<|endoftext|>"
+    config = OpenQwen2VLConfig.model_validate(values)
+    system = config.build().eval()
+    llava.write(system, config.layout(), config, tmp_path / "out")
+    again, layout, about = mm.load(tmp_path / "out", "cpu")
+    assert_same(tensors(again), tensors(system))
+    ends = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert ends == [layout.tokenizer.id("<|endoftext|>")] and answers.form_of(about) == "raw"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
@@ -512,7 +553,10 @@ train:
 """
 
 
-LORA = "train.lora=[{match: 'language.*[qv]_proj', rank: 2}]"
+ADAPTERS = (
+    'train.params.0.match="(vision|language).*"',
+    "train.lora=[{match: 'language.*[qv]_proj', rank: 2}]",
+)
 
 
 def fine_tuned(tmp_path: Path, release: Path, *overrides: str) -> RunConfig:
@@ -534,8 +578,11 @@ def fine_tuned(tmp_path: Path, release: Path, *overrides: str) -> RunConfig:
     return load_config(path, overrides)
 
 
-def test_fine_tuned_exported_and_loaded_it_is_the_same(kept: Path, tmp_path: Path) -> None:
-    config = fine_tuned(tmp_path, kept)
+@pytest.mark.parametrize(("chat", "overrides"), [("fixed", ()), ("chatml", ADAPTERS)], ids=["whole", "adapters"])
+def test_fine_tuned_exported_and_loaded_it_is_the_same(
+    chat: str, overrides: tuple[str, ...], kept: Path, tmp_path: Path
+) -> None:
+    config = fine_tuned(tmp_path, kept, f"model.template.chat={chat}", *overrides)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == config.resolved()
     trained, layout, _ = mm.load(tmp_path / "run", "cpu")
     before = tensors(mm.load(kept, "cpu")[0])
@@ -544,16 +591,17 @@ def test_fine_tuned_exported_and_loaded_it_is_the_same(kept: Path, tmp_path: Pat
     assert moved == {"connector", "language"}
     for to, tokens in (("prismatic", None), ("hf-llava", 729)):
         export(tmp_path / "run", tmp_path / to, to=to, tokens=tokens)
-        again, its_layout, _ = mm.load(tmp_path / to, "cpu")
+        again, its_layout, about = mm.load(tmp_path / to, "cpu")
         assert_same(tensors(again), after)
-        assert its_layout.template == layout.template and layout.template.chat == "fixed"
+        assert its_layout.template == layout.template and layout.template.chat == chat
+        assert answers.form_of(about) == "chat"
     # From a run to LLaVA by way of the released layout.
     export(tmp_path / "prismatic", tmp_path / "further", to="hf-llava", tokens=729)
     assert_same(load_file(tmp_path / "further/model.safetensors"), load_file(tmp_path / "hf-llava/model.safetensors"))
 
 
 def test_adapters_on_a_release(kept: Path, tmp_path: Path) -> None:
-    fine_tuned(tmp_path, kept, 'train.params.0.match="(vision|language).*"', LORA)
+    fine_tuned(tmp_path, kept, *ADAPTERS)
     before, after = (tensors(mm.load(where, "cpu")[0]) for where in (kept, tmp_path / "run"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in moved if name.startswith("language.")} == {
@@ -581,10 +629,22 @@ def test_a_release_section_gives_way_to_what_is_set(kept: Path) -> None:
     assert (config.connector.tokens, config.template.chat, config.vision.crop) == (729, "chatml", 0.8)
     assert config.vision.image_size == 384 and config.vision.options["depth"] == 3
     assert config.language.name == str(kept / LANGUAGE)
+    values = {"released": str(kept), "vision": {"name": f"timm/{TOWER}.webli", "crop": 0.8}}
+    named = OpenQwen2VLConfig.model_validate(values)
+    assert (named.vision, named.language) == (config.vision, config.language)
     # What a run keeps is whole: the release is not asked again.
     again = {**config.model_dump(), "released": "nobody/nothing"}
     assert OpenQwen2VLConfig.model_validate(again).vision == config.vision
     assert released.find(kept / "checkpoints") is None
+
+
+def test_what_a_local_release_names_is_found_from_anywhere(
+    kept: Path, llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(kept.parent)
+    assert released.open_release(kept.name).section()["language"]["name"] == str(kept / LANGUAGE)
+    monkeypatch.chdir(llava_folder.parent)
+    assert released.open_release(llava_folder.name).section()["language"]["tokenizer"] == str(llava_folder)
 
 
 def test_a_config_that_names_a_release_is_checked_without_torch(kept: Path, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ between special tokens. Pictures are `<image>`, in a message's text or as parts 
 import json
 
 from mm.data.chat import END, SPELLINGS, START
+from mm.data.conversations import IMAGE
 from mm.data.layout import Template
-
-IMAGE = "<image>"
 
 # said: a message as text; lead: the pictures that it opens with; opened: with the break behind them.
 MACROS = """

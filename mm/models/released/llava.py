@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mm.data.layout import Layout
+    from mm.models.generate import Form
     from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 
@@ -112,6 +113,11 @@ class LlavaFolder:
     repository: Repository
     about: dict[str, Any]
 
+    @property
+    def form(self) -> "Form":
+        form: Form = self.about.get("mm_form", "raw")
+        return form
+
     def section(self) -> dict[str, Any]:
         about, where = self.about, f"{self.repository.name}/config.json"
         vision, text = about.get("vision_config", {}), dict(about.get("text_config", {}))
@@ -129,6 +135,7 @@ class LlavaFolder:
         for key in ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"):
             text.pop(key, None)
         pixels = self._pixels()
+        tokenizer = str(self.repository.folder) if self.repository.is_folder else self.repository.name
         return {
             "vision": {
                 "name": TOWER,
@@ -140,7 +147,7 @@ class LlavaFolder:
                 "options": _tower_options(vision, where),
             },
             "connector": {"kind": "pool_mlp", "tokens": (size // patch) ** 2},
-            "language": {"config": text, "tokenizer": self.repository.name},
+            "language": {"config": text, "tokenizer": tokenizer},
             "template": about.get("mm_template") or self._template(),
         }
 
@@ -214,8 +221,8 @@ def _tower_options(vision: dict[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
-def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", out: Path) -> str:
-    """Write the model with its tokenizer, processor and chat template into the folder `out`.
+def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", out: Path, form: "Form" = "raw") -> str:
+    """Write the model with its tokenizer, processor and chat template into the folder `out`; `form`: how it is asked.
 
     `<image>` becomes a token of the tokenizer. It takes a spare row of the embeddings; where there is none, one is
     added, a copy of the pad token's, which no loss has ever raised, and generation suppresses it.
@@ -237,7 +244,8 @@ def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", 
         SiglipImageProcessor,
     )
 
-    from mm.models.released.chat_templates import IMAGE, jinja
+    from mm.data.conversations import IMAGE
+    from mm.models.released.chat_templates import jinja
 
     patches = _check(system, config)
     backend: Any = Tokenizer.from_str(layout.tokenizer.to_json())
@@ -277,16 +285,17 @@ def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", 
     template, tokenizer = layout.template, layout.tokenizer
     named = {"bos": template.bos, "eos": template.eos, "pad": tokenizer.token(layout.pad)}
     special = {name: token for name, token in named.items() if token is not None}
-    ends = {template.eos, END if END in SPELLINGS[template.chat].tokens else None} - {None}
+    named_ends = {template.eos, *({END} & set(SPELLINGS[template.chat].tokens))} - {None}
+    ends = {backend.token_to_id(token) for token in named_ends} - {None}  # captioners may have no token of a chat
     model.generation_config = GenerationConfig(
         **{f"{name}_token_id": tokenizer.id(token) for name, token in special.items() if name != "eos"},
-        eos_token_id=sorted(tokenizer.id(str(token)) for token in ends) or None,
+        eos_token_id=sorted(ends) or None,
         suppress_tokens=[image_id] if image_id >= rows else None,
     )
     model.save_pretrained(out, max_shard_size="5GB")
     _as_published(out)
     values = json.loads((out / "config.json").read_text())
-    values["mm_template"] = config.template.model_dump(mode="json")
+    values |= {"mm_template": config.template.model_dump(mode="json"), "mm_form": form}
     values["text_config"].pop("_name_or_path", None)
     if theta := values["text_config"].get("rope_parameters", {}).get("rope_theta"):
         values["text_config"]["rope_theta"] = theta  # where versions before 5 look

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.errors import CheckpointError, ConfigError
+from mm.data.tokenizer import Tokenizer
+from mm.errors import CheckpointError, ConfigError, DataError
 from mm.models.released.release import Repository, fetch, fit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mm.data.layout import Layout
+    from mm.models.generate import Form
     from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 
@@ -57,6 +59,11 @@ class PrismaticFolder:
 
     repository: Repository
     about: dict[str, Any]
+
+    @property
+    def form(self) -> "Form":
+        form: Form = self.about.get("form", "raw" if self._is_base() else "chat")
+        return form
 
     def section(self) -> dict[str, Any]:
         model, where = self.about["model"], f"{self.repository.name}/config.json"
@@ -96,8 +103,8 @@ class PrismaticFolder:
         for owner in dict.fromkeys((mount, OWNER)):
             if (folder := self.repository.inner(f"{owner}/{name}")) is not None:
                 return str(folder)
-        if (Path(mount).expanduser() / name).is_dir():
-            return str(Path(mount).expanduser() / name)
+        if (folder := Path(mount).expanduser().resolve() / name).is_dir():
+            return str(folder)
         owner = mount if re.fullmatch(r"[\w.-]+", mount) else OWNER
         return f"{owner}/{name}"
 
@@ -190,15 +197,18 @@ def _read(path: Path) -> "dict[str, dict[str, Tensor]]":
     return modules
 
 
-def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", out: Path) -> None:
-    """Write the release into the folder `out`, with the tower.
+def write(
+    system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", out: Path, model_id: str, form: "Form"
+) -> None:
+    """Write the release into the folder `out`, with the tower; `form`: how the model is asked.
 
-    A tower or language model that differs from the published one of its name is described in a folder of that name
-    inside `out`, which prismatic reads for the language model (`mount_path` is relative then), and mm for both. The
-    template, which prismatic has no place for, stands in config.json under `template`, a key that it ignores.
+    A tower, language model or tokenizer that differs from the published one of its name is described in a folder of
+    that name inside `out`, which prismatic reads for the language model (`mount_path` is relative then), and mm for
+    both. The template and the form in which the model is asked, which prismatic has no place for, stand in config.json
+    under `template` and `form`, keys that it ignores.
 
     Raises:
-        ConfigError: the model has no name in this format.
+        ConfigError: the model has no name in this format, or no embedding rows for the tokens that the format adds.
     """
     import torch
 
@@ -218,11 +228,12 @@ def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", 
             f"and a Qwen2 language model; this model has {vision.resize}, {connector.kind} with pool {connector.pool}, "
             f"and {model_type}"
         )
-    published = (language.name or "").rpartition("/")[2]
-    llm = next((key for key, name in LANGUAGE_MODELS.items() if name == published), "qwen2.5-1.5b-instruct")
+    own = (language.name or "").rpartition("/")[2]
+    llm = next((key for key, theirs in LANGUAGE_MODELS.items() if theirs == own), "qwen2.5-1.5b-instruct")
+    published = f"{OWNER}/{LANGUAGE_MODELS[llm]}"
     about = {
         "model": {
-            "model_id": out.name.strip(".").removesuffix(".partial"),
+            "model_id": model_id,
             "vision_backbone_id": tower,
             "image_resize_strategy": "resize-naive",
             "llm_backbone_id": llm,
@@ -231,13 +242,20 @@ def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", 
         },
         "mount_path": OWNER,
         "template": config.template.model_dump(mode="json"),
+        "form": form,
     }
     (out / CHECKPOINT).parent.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    if language.name != f"{OWNER}/{LANGUAGE_MODELS[llm]}":
-        folder = out / OWNER / LANGUAGE_MODELS[llm]
+    if language.name != published or not _is_published(layout.tokenizer, published):
+        folder = out / published
         system.language.config.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(layout.tokenizer.to_json())
+        rows = system.language.get_input_embeddings().num_embeddings
+        if (needed := len(Tokenizer.load(str(folder), ADDED_TOKENS))) > rows:
+            raise ConfigError(
+                f"the prismatic format adds {' and '.join(ADDED_TOKENS)} to a tokenizer that lacks them, which gives "
+                f"{needed:,} tokens, and the model has {rows:,} embedding rows: export it with --to hf-llava"
+            )
     if vision.options:
         folder = out / "timm" / TOWERS[tower][0]
         folder.mkdir(parents=True)
@@ -248,6 +266,14 @@ def write(system: "OpenQwen2VL", layout: "Layout", config: "OpenQwen2VLConfig", 
         module, _, theirs = released_name(name).partition(" ")
         modules[module][theirs] = tensor.cpu()
     torch.save({"model": modules}, out / CHECKPOINT)
+
+
+def _is_published(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether a reader gets this tokenizer by the name alone. No, where that cannot be known for lack of network."""
+    try:
+        return Tokenizer.load(name, ADDED_TOKENS).fingerprint() == tokenizer.fingerprint()
+    except DataError:
+        return False
 
 
 def _is_tower(vision: Any, name: str, size: int) -> bool:

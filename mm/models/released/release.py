@@ -12,11 +12,18 @@ from mm.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mm.models.generate import Form
+
     Filled = TypeVar("Filled", bound=nn.Module)
 
 
 class Release(Protocol):
     """A model as it was published."""
+
+    @property
+    def form(self) -> "Form":
+        """How it is asked unless somebody says."""
+        ...
 
     def section(self) -> dict[str, Any]:
         """The sections `vision`, `connector`, `language` and `template` of a model's config. Reads no weights."""
@@ -46,7 +53,8 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        return Path(self.name).expanduser()
+        """Absolute, since configs that name it are read elsewhere too."""
+        return Path(self.name).expanduser().resolve()
 
     def has(self, file: str) -> bool:
         """Whether a local folder holds the file."""

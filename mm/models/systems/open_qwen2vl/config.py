@@ -28,12 +28,20 @@ class OpenQwen2VLConfig(KindSection):
     @model_validator(mode="before")
     @classmethod
     def _takes_what_is_released(cls, values: Any) -> Any:
-        # A tower is named in a section that is whole already, such as that of a run.
-        if isinstance(values, dict) and values.get("released") and "name" not in (values.get("vision") or {}):
+        if isinstance(values, dict) and values.get("released") and not cls._is_whole(values):
             from mm.models.released import open_release
 
             return merge(open_release(values["released"]).section(), values)
         return values
+
+    @classmethod
+    def _is_whole(cls, values: dict[str, Any]) -> bool:
+        """Whether nothing is left for a release to say, as in the section that a run keeps."""
+        parts = {"vision": VisionConfig, "language": LanguageConfig, "template": TemplateConfig}
+        return "connector" in values and all(
+            isinstance(values.get(name), dict) and part.model_fields.keys() <= values[name].keys()
+            for name, part in parts.items()
+        )
 
     def layout(self) -> Layout:
         tokenizer = Tokenizer.load(self.language.tokenizer_name, self.language.added_tokens)
