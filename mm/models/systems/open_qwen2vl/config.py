@@ -7,7 +7,7 @@ from pydantic import model_validator
 from mm.data.layout import ImageLayout, Layout, NativeLayout
 from mm.data.tokenizer import Tokenizer
 from mm.models.config import ConnectorConfig, LanguageConfig, PoolMLPConfig, TemplateConfig, VisionConfig
-from mm.settings import KindSection, merge
+from mm.settings import KindSection, Section, merge
 
 if TYPE_CHECKING:
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
@@ -37,10 +37,11 @@ class OpenQwen2VLConfig(KindSection):
     @classmethod
     def _is_whole(cls, values: dict[str, Any]) -> bool:
         """Whether nothing is left for a release to say, as in the section that a run keeps."""
-        parts = {"vision": VisionConfig, "language": LanguageConfig, "template": TemplateConfig}
+        parts: tuple[tuple[str, type[Section]], ...]
+        parts = ("vision", VisionConfig), ("language", LanguageConfig), ("template", TemplateConfig)
         return "connector" in values and all(
             isinstance(values.get(name), dict) and part.model_fields.keys() <= values[name].keys()
-            for name, part in parts.items()
+            for name, part in parts
         )
 
     def layout(self) -> Layout:
