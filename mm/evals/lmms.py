@@ -79,7 +79,11 @@ class MM(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
-        raise NotImplementedError("several rounds with one picture are not supported")
+        """Not supported: each round's question would depend on the answers before. Raises `ConfigError`."""
+        raise ConfigError(
+            "a task of several rounds, which `mm` does not answer; take one of output_type generate_until or "
+            "multiple_choice"
+        )
 
     def _prompt(self, text: str, visual: Any, id: Any, task: str, split: str) -> Prompt:
         pictures = [_picture(one) for one in visual(self.task_dict[task][split][id]) or ()]
