@@ -5,8 +5,6 @@ in a folder, members of tars, columns of a table, or base64. Files and members o
 packs are written; nothing is copied before that.
 """
 
-import base64
-import binascii
 import json
 import os
 import re
@@ -27,11 +25,11 @@ from mm.data.sources import (
     FilesSource,
     check_length,
     check_text,
+    decoded_picture,
     is_wanted,
     sample_id,
     shortened,
 )
-from mm.data.tables import sniff
 from mm.errors import DataError
 
 IMAGE = "<image>"
@@ -150,10 +148,10 @@ class Conversations(FilesSource):
         """By base64, or by the name of a member of the group, of a member of the tars, or of a file."""
         if isinstance(entry, dict):
             if "image_base64" in entry:
-                return _decoded(entry["image_base64"], where)
+                return decoded_picture(entry["image_base64"], where)
             entry = entry["url"]  # of chat messages
         if entry.startswith("data:"):
-            return _decoded(entry.partition(",")[2], where)
+            return decoded_picture(entry.partition(",")[2], where)
         if re.match(r"\w+://", entry):
             raise DataError(f"{where}: {entry[:80]!r} is a URL, and none is fetched; give a file or base64")
         name = entry.removeprefix("./")
@@ -223,17 +221,6 @@ def _pieces(content: Any) -> list[str | _Slot]:
 
 def _ext(name: str) -> str:
     return name.rpartition(".")[2].lower()
-
-
-def _decoded(encoded: str, where: str) -> Media:
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: a picture's base64 cannot be read ({error})") from None
-    ext = sniff(data)
-    if ext not in IMAGE_EXTENSIONS:
-        raise DataError(f"{where}: a picture in base64 is neither jpg, png nor webp")
-    return Media("image", data, ext)
 
 
 def _file(folder: Path, name: str, where: str) -> Placed:

@@ -6,8 +6,6 @@ and MMC4's sentences with pictures matched to them. Pictures are members of the 
 `packed_json` are Open-Qwen2VL's packs of such documents. A pack is taken apart: what shares a row is decided anew.
 """
 
-import base64
-import binascii
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,12 +21,12 @@ from mm.data.sources import (
     FilesSource,
     check_length,
     check_text,
+    decoded_picture,
     is_small,
     read_json,
     sample_id,
     shortened,
 )
-from mm.data.tables import sniff
 from mm.errors import DataError
 
 
@@ -223,14 +221,7 @@ def _picture(group: Group, entry: Any, where: str) -> Media:
     encoded = entry.get("image_base64") if isinstance(entry, dict) else None
     if encoded is None:
         return _member(group, entry.get("image_name", "") if isinstance(entry, dict) else entry, "image", where)
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise DataError(f"{where}: a picture's base64 cannot be read ({error})") from None
-    ext = sniff(data)
-    if ext not in MEDIA_EXTENSIONS["image"]:
-        raise DataError(f"{where}: a picture in base64 is neither jpg, png nor webp")
-    return Media("image", data, ext)
+    return decoded_picture(encoded, where)
 
 
 def _member(group: Group, name: str, kind: Any, where: str) -> Media:

@@ -5,6 +5,8 @@ into samples. Which file format a group comes from is `mm.data.shards`' business
 parquet alike. What is read is data: nothing in it is run, and captions are only ever text.
 """
 
+import base64
+import binascii
 import json
 import re
 import string
@@ -20,7 +22,7 @@ from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS, probe_image
 from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Text, Tokens
 from mm.data.shards import Group, Shard, expand, open_shard
-from mm.data.tables import TokenFile
+from mm.data.tables import TokenFile, sniff
 from mm.data.video import VIDEO_EXTENSIONS
 from mm.errors import DataError
 from mm.settings import Kinds, KindSection
@@ -348,6 +350,18 @@ def is_small(part: Part, min_side: int, where: str, limits: Limits) -> bool:
 def sample_id(source: str, group: Group) -> str:
     """How a sample is called from here on, and what it is called when it cannot be used."""
     return f"{source}/{group.shard.name}/{group.key}"
+
+
+def decoded_picture(encoded: Any, where: str) -> Media:
+    """A picture from base64."""
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise DataError(f"{where}: a picture's base64 cannot be read ({error})") from None
+    ext = sniff(data)
+    if ext not in IMAGE_EXTENSIONS:
+        raise DataError(f"{where}: a picture in base64 is neither jpg, png nor webp")
+    return Media("image", data, ext)
 
 
 def read_text(group: Group, ext: str, where: str, limits: Limits) -> str:
