@@ -1,9 +1,9 @@
 """Small honest experiments, run after run: `python -m benchmarks.study NAME`.
 
-A study is a list of `mm train` runs, at most three hours of two cores in all. Each runs in a process of its own; what
-it gave is appended to `benchmarks/studies/NAME.jsonl` when it has ended, and one that was stopped goes on from its
-checkpoint. So a study may be stopped and started at any time, and a row that is there is never run again. Seconds are
-those of training, without evaluation and saving.
+A study is a list of `mm train` runs, at most three hours of two cores in all. Each runs in a process of its own, and
+may be measured further when it has ended; what it gave is appended to `benchmarks/studies/NAME.jsonl`, and one that was
+stopped goes on from its checkpoint. So a study may be stopped and started at any time, and a row that is there is never
+run again. Seconds are those of training, without evaluation and saving.
 """
 
 import argparse
@@ -27,17 +27,23 @@ from mm.train.metrics import read_metrics
 HERE = Path(__file__).parent / "studies"
 Config = dict[str, Any]
 Row = dict[str, Any]
-"""study, run, seed, date, machine, seconds of training, loss_tokens, tokens, steps, and eval.json as `result`."""
+"""study, run, seed, date, machine, seconds of training, loss_tokens, tokens, steps, and as `result` eval.json and what
+`Run.after` gave."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: `config(rows)` may use the rows of runs before it; `minutes` are what it is expected to take."""
+    """One run: `config(rows)` may use the rows of runs before it; `minutes` are what it is expected to take.
+
+    `after(run)`, of a folder that has the training run in `run/`, gives more results. Without a config nothing is
+    trained, and it is all there is.
+    """
 
     name: str
     seed: int
     minutes: float
-    config: Callable[[list[Row]], Config]
+    config: Callable[[list[Row]], Config] | None
+    after: Callable[[Path], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +94,29 @@ def run_study(study: Study, work: Path, minutes: float | None) -> None:
             print(f"{run.name}, seed {run.seed}: about {run.minutes:g} minutes; left for the next time")
             return
         print(f"{run.name}, seed {run.seed}: about {run.minutes:g} minutes", flush=True)
-        row = run_one(study.name, run, run.config(read_rows(study.name)), work / f"{run.name}-{run.seed}")
+        row = run_one(study.name, run, read_rows(study.name), work / f"{run.name}-{run.seed}")
         with open(HERE / f"{study.name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def run_one(study: str, run: Run, config: Config, folder: Path) -> Row:
-    """Train in a process of its own, going on where it was stopped. Raises `SystemExit` where it fails."""
+def run_one(study: str, run: Run, rows: list[Row], folder: Path) -> Row:
+    """Train and measure. Raises `SystemExit` where training fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    trained = {} if run.config is None else train(run, run.config(rows), folder)
+    more = {} if run.after is None else run.after(folder)
+    return {
+        "study": study,
+        "run": run.name,
+        "seed": run.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        **trained,
+        "result": {**trained.get("result", {}), **more},
+    }
+
+
+def train(run: Run, config: Config, folder: Path) -> Row:
+    """In a process of its own, going on where it was stopped."""
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**config, "seed": run.seed, "out": str(folder / "run")}))
     resume = ["--resume"] if (folder / "run").exists() else []
@@ -106,11 +127,6 @@ def run_one(study: str, run: Run, config: Config, folder: Path) -> Row:
     logged = [row for row in rows if "elapsed" in row]
     about = json.loads((folder / "run" / "run.json").read_text())
     return {
-        "study": study,
-        "run": run.name,
-        "seed": run.seed,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "threads": about["threads"],
         "steps": logged[-1]["step"],
         "seconds": logged[-1]["elapsed"],

@@ -58,14 +58,19 @@ WAYS = {
 class Job:
     """`config`: a `RunConfig` as plain values, its `train.max_steps` the steps to run.
 
-    `size`: what one forward pass takes: rows of `ours`, `rows` and `trl`, documents of the others. `attention`: what
-    the peer's language model uses.
+    `size`: what one forward pass takes: rows of `ours`, `rows` and `trl`, documents or recordings of the others.
+    `attention`: what the peer's language model uses.
     """
 
     config: dict[str, Any]
     way: str
     size: int
     attention: str = "sdpa"
+
+    @property
+    def unit(self) -> str:
+        """What its rate counts."""
+        return "s of sound" if self.config["model"]["kind"] == "mert" else "loss tokens"
 
     def with_steps(self, steps: int, seed: int) -> "Job":
         config = {**self.config, "seed": seed, "train": {**self.config["train"], "max_steps": steps}}
@@ -100,7 +105,7 @@ def tuned(jobs: Iterable[Job], steps: int, log: list[Row]) -> Job | str:
         figure = found.get("rate", found.get("error"))
         ours, peers = (figure, {}) if job.way == "ours" else ("", {str(job): figure})
         log.append(
-            {"case": f"to choose the size: {job.size}", "unit": "loss tokens/s", "better": "higher", "ours": ours,
+            {"case": f"to choose the size: {job.size}", "unit": f"{job.unit}/s", "better": "higher", "ours": ours,
              "peers": peers}
         )  # fmt: skip
         if "error" in found:
@@ -145,9 +150,11 @@ def compare(
 
     if "ours" not in runs or "ours" in failed:
         raise SystemExit(f"ours: {failed.get('ours', chosen['ours'])}")
-    case = f"{what}, {chosen['ours'].size} rows at a time"  # type: ignore[union-attr]
-    row = {"case": case, "unit": "loss tokens/s", "better": "higher", "ours": median("ours", "rate")}
-    cpu = {**row, "unit": "loss tokens/CPU second", "ours": median("ours", "cpu_rate")}
+    ours = chosen["ours"]
+    assert isinstance(ours, Job)
+    case = f"{what}, {ours.size} rows at a time"
+    row = {"case": case, "unit": f"{ours.unit}/s", "better": "higher", "ours": median("ours", "rate")}
+    cpu = {**row, "unit": f"{ours.unit}/CPU second", "ours": median("ours", "cpu_rate")}
     rows: list[Row] = [
         {**row, "peers": of_peers(lambda way: median(way, "rate"))},
         {**cpu, "peers": of_peers(lambda way: median(way, "cpu_rate"))},
@@ -171,12 +178,16 @@ def overhead(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Of one run: rate and cpu_rate (loss-bearing tokens per second, and per second of the process's CPU time), memory
+    """Of one run: rate and cpu_rate (what `Job.unit` says per second, and per second of the process's CPU time), memory
     (GB, peak), step (seconds) and loss (mean over steps); of ours also what overhead and waiting are of a step."""
     config = RunConfig.model_validate(job.config)
     with tempfile.TemporaryDirectory() as out:
         if job.way == "ours":
             return measure_ours(job, Path(out))
+        if job.unit == "s of sound":
+            from benchmarks import train_audio
+
+            return train_audio.measure_peer(job, config, Path(out))
         return measure_peer(job, config, Path(out))
 
 
@@ -235,7 +246,8 @@ def measure_ours(job: Job, out: Path) -> dict[str, Any]:
         "async_save": False,
         "engine": {"kind": "benchmarks.training:TimedConfig"},
     }
-    trainer = Trainer(RunConfig.model_validate({**job.config, "out": str(out / "run"), "train": train}), Unwatched())
+    config = RunConfig.model_validate({**job.config, "out": str(out / "run"), "train": train})
+    trainer = Trainer(config, Unwatched())
     trainer.run()
     rows = read_metrics(out / "run" / "metrics.jsonl")
     first, last = rows[0], rows[-1]
@@ -243,10 +255,12 @@ def measure_ours(job: Job, out: Path) -> dict[str, Any]:
     assert isinstance(trainer.engine, TimedEngine)
     at_step = trainer.engine.spent.at_step
     needed, cpu = (after - before for before, after in zip(at_step[0], at_step[-1], strict=True))
-    tokens = last["loss_tokens"] - first["loss_tokens"]
+    audio = config.model.layout().audio
+    key, each = ("tokens/audio", audio.hop / audio.sampling_rate) if audio else ("loss_tokens", 1)
+    done = (last[key] - first[key]) * each
     return {
-        "rate": tokens / seconds,
-        "cpu_rate": tokens / cpu,
+        "rate": done / seconds,
+        "cpu_rate": done / cpu,
         "step": seconds / (len(rows) - 1),
         "memory": last["memory_gb"],
         "loss": statistics.mean(row["loss"] for row in rows),
@@ -382,12 +396,44 @@ def measure_peer(job: Job, config: RunConfig, out: Path) -> dict[str, Any]:
     data = Documents(config, job.way == "rows")
     rows = train.batch_tokens // config.data.context_length
     passes = rows / job.size if job.way in ("rows", "trl") else len(data) / steps / job.size
-    device = resolve_device(train.device, 0)
-    options: dict[str, Any] = dict(
+    watch = Watch(resolve_device(train.device, 0), lambda inputs: (inputs["labels"][:, 1:] != IGNORE).sum())
+    if job.way == "trl":
+        return learn(_trl(trainer_options(config, out, job.size, passes), model, data, config, watch), watch)
+    collator = flattened if job.way in ("flattened", "rows") else padded
+    return learn(transformers_trainer(job, config, out, model, data, collator, passes, watch), watch)
+
+
+def transformers_trainer(
+    job: Job, config: RunConfig, out: Path, model: nn.Module, data: Any, collator: Any, passes: float, watch: "Watch"
+) -> Any:
+    """Hugging Face's trainer, watched; `passes`: about how many forward passes make a step."""
+    import transformers
+
+    strategy = "group_by_length" if job.way == "by length" else "sequential"
+    options = trainer_options(config, out, job.size, passes)
+    return watched(transformers.Trainer, watch)(
+        model=model,
+        args=transformers.TrainingArguments(**options, train_sampling_strategy=strategy),
+        train_dataset=data,
+        data_collator=collator,
+    )
+
+
+def learn(trainer: Any, watch: "Watch") -> dict[str, Any]:
+    trainer.add_callback(watch.callback())
+    gc.collect()
+    result = trainer.train()
+    return {**watch.read(), "loss": result.training_loss}
+
+
+def trainer_options(config: RunConfig, out: Path, size: int, passes: float) -> dict[str, Any]:
+    """What Hugging Face's trainer takes for `size` samples a forward pass."""
+    train, device = config.train, resolve_device(config.train.device, 0)
+    return dict(
         output_dir=str(out),
-        per_device_train_batch_size=job.size,
+        per_device_train_batch_size=size,
         gradient_accumulation_steps=max(1, round(passes)),
-        max_steps=steps,
+        max_steps=train.max_steps,
         learning_rate=train.optimizer.lr,
         adam_beta1=train.optimizer.betas[0],
         adam_beta2=train.optimizer.betas[1],
@@ -408,21 +454,6 @@ def measure_peer(job: Job, config: RunConfig, out: Path) -> dict[str, Any]:
         seed=config.seed,
         gradient_checkpointing=train.activation_checkpointing.mode == "full",
     )
-    watch = Watch(device)
-    if job.way == "trl":
-        trainer = _trl(options, model, data, config, watch)
-    else:
-        strategy = "group_by_length" if job.way == "by length" else "sequential"
-        trainer = _watched(transformers.Trainer, watch)(
-            model=model,
-            args=transformers.TrainingArguments(**options, train_sampling_strategy=strategy),
-            train_dataset=data,
-            data_collator=flattened if job.way in ("flattened", "rows") else padded,
-        )
-    trainer.add_callback(watch.callback())
-    gc.collect()
-    result = trainer.train()
-    return {**watch.read(), "loss": result.training_loss}
 
 
 def _trl(options: dict[str, Any], model: Any, data: Documents, config: RunConfig, watch: "Watch") -> Any:
@@ -431,7 +462,7 @@ def _trl(options: dict[str, Any], model: Any, data: Documents, config: RunConfig
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()
-    return _watched(SFTTrainer, watch)(
+    return watched(SFTTrainer, watch)(
         model=model,
         args=SFTConfig(**options, packing=True, max_length=config.data.context_length),
         train_dataset=Dataset.from_dict({"input_ids": [one.tokens for one in data.documents]}),
@@ -439,24 +470,24 @@ def _trl(options: dict[str, Any], model: Any, data: Documents, config: RunConfig
     )
 
 
-def _watched(trainer: Any, watch: "Watch") -> Any:
+def watched(trainer: Any, watch: "Watch") -> Any:
     """The trainer's class, told to count what it learns."""
 
     class Watched(trainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            watch.tokens = watch.tokens + (inputs["labels"][:, 1:] != IGNORE).sum()
+            watch.done = watch.done + watch.amount(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
     return Watched
 
 
 class Watch:
-    """Time and tokens at the end of the first step and of the last."""
+    """Time and what is done, by the `amount` of a batch, at the end of the first step and of the last."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.tokens: Any = 0
-        self.seen: list[tuple[float, float, int]] = []
+    def __init__(self, device: torch.device, amount: Callable[[dict[str, Tensor]], Any]) -> None:
+        self.device, self.amount = device, amount
+        self.done: Any = 0
+        self.seen: list[tuple[float, float, float]] = []
 
     def callback(self) -> Any:
         from transformers import TrainerCallback
@@ -465,23 +496,23 @@ class Watch:
 
         class Callback(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                tokens = int(watch.tokens)  # waits for a GPU, as the logged loss would
+                done = float(watch.done)  # waits for a GPU, as the logged loss would
                 if watch.device.type == "cuda":
                     torch.cuda.synchronize(watch.device)
-                watch.seen.append((time.perf_counter(), time.process_time(), tokens))
+                watch.seen.append((time.perf_counter(), time.process_time(), done))
 
         return Callback()
 
     def read(self) -> dict[str, float]:
-        seconds, cpu, tokens = (after - before for before, after in zip(self.seen[0], self.seen[-1], strict=True))
+        seconds, cpu, done = (after - before for before, after in zip(self.seen[0], self.seen[-1], strict=True))
         peak = (
             torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         return {
-            "rate": tokens / seconds,
-            "cpu_rate": tokens / cpu,
+            "rate": done / seconds,
+            "cpu_rate": done / cpu,
             "step": seconds / (len(self.seen) - 1),
             "memory": peak / 1e9,
         }

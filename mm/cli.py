@@ -63,6 +63,7 @@ def pack(args: argparse.Namespace) -> Result:
     from mm.data.packed import PackedDataset
     from mm.data.prepare import SPLITS, Workers, cores, pack_split
     from mm.display import Display
+    from mm.page import duration as lasts
 
     if Path(args.config).is_dir():
         folders = [path.parent for path in sorted(Path(args.config).glob("**/dataset.json"))]
@@ -88,12 +89,13 @@ def pack(args: argparse.Namespace) -> Result:
                 continue
             if args.drop_ids:
                 drop(args, folder)
-            about = PackedDataset(folder).about
-            packed[split] = {"folder": str(folder), **{k: about[k] for k in ("packs", "tokens", "fill")}}
-            say(
-                args,
-                f"{split}: {about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full: {folder}",
-            )
+            dataset = PackedDataset(folder)
+            about, seconds = dataset.about, dataset.audio_seconds
+            counts = {k: about[k] for k in ("packs", "tokens", "fill")}
+            packed[split] = {"folder": str(folder), **counts, "audio_seconds": round(seconds, 1)}
+            sound = f", {lasts(seconds)} of audio" if seconds else ""
+            full = f"{about['packs']} packs, {about['tokens']:,} tokens, {about['fill']:.2%} full{sound}"
+            say(args, f"{split}: {full}: {folder}")
     return packed
 
 
@@ -225,6 +227,45 @@ def evaluate(args: argparse.Namespace) -> Result:
     return {"results": results}
 
 
+def embed(args: argparse.Namespace) -> Result:
+    from functools import partial
+
+    from mm.display import Display
+    from mm.evals import embed as embeddings
+
+    embedder = embeddings.open_embedder(args.path, args.layers, args.device, args.precision)
+    with Display() as display:
+        watch = partial(display.packing, "embedding clips")
+        cut = (args.level, args.seconds, args.batch_seconds)
+        found = embeddings.embed(embedder, embeddings.source_of(args.audio), Path(args.out), *cut, watch)
+    say(args, f"{len(found):,} clips, {duration(sum(clip['seconds'] for clip in found.clips))}: {args.out}")
+    for one in found.bad[:10]:
+        say(args, f"not read: {one['reason']}")
+    if len(found.bad) > 10:
+        say(args, f"{len(found.bad)} not read in all: {args.out}/bad.jsonl")
+    return {"folder": args.out, **found.about}
+
+
+def probe(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+
+    from mm.display import Display
+    from mm.evals import probe as probes
+
+    data = probes.Data.open(args.data, Path(args.table) if args.table else None)
+    splits = (args.group, args.split, args.split_seed)
+    settings = probes.Settings(args.task, args.probe, args.layers, *splits, args.seeds)
+    out, against = (Path(folder) if folder else None for folder in (args.out, args.against))
+    cut = (args.seconds, args.batch_seconds)
+    with Display() as display:
+        results = probes.run(
+            args.path, data, args.label, settings, out, *cut, args.device, args.precision, against, display.packing
+        )
+    if not args.json:
+        Console(highlight=False).print(probes.tables(results), soft_wrap=True)
+    return {"results": results}
+
+
 def export(args: argparse.Namespace) -> Result:
     from mm import hub
 
@@ -311,7 +352,8 @@ def data_build(args: argparse.Namespace) -> Result:
     from mm.data.corpora.build import build_corpus
     from mm.display import Display
 
-    options = {name: getattr(args, name) for name in ("languages", "count", "seed") if getattr(args, name) is not None}
+    names = ("languages", "count", "seed", "seconds")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     with Display() as display:
         about = build_corpus(args.name, Path(args.out), options, Path(args.cache), display.packing)
     files = about["files"].values()
@@ -353,12 +395,37 @@ def data_encode(args: argparse.Namespace) -> Result:
     from mm.display import Display
     from mm.train.features import encode
 
+    named = [f"model.teacher={{kind: {args.teacher}}}", "data.codes=true"] if args.teacher else []
+    config = load_config(args.config, [*args.overrides, *named])
     with Display() as display:
-        found = encode(load_config(args.config, args.overrides), args.split, args.device, args.slice, display)
+        found = encode(config, args.split, args.device, args.slice, display)
     for folder, one in found.items():
         left = "" if one["finished"] else "; other slices have shards left: run them, then all of them again"
-        say(args, f"{one['split']}: features of {one['items']:,} items, {one['bytes']:,} bytes: {folder}{left}")
-    return {"features": found}
+        bad = f", {one['unreadable']:,} of them unreadable" if one["unreadable"] else ""
+        what = f"{one['role']} of {one['items']:,} items{bad}, {one['bytes']:,} bytes"
+        say(args, f"{one['split']}: {what}: {folder}{left}")
+    return {"encoded": found}
+
+
+def data_kmeans(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
+    from mm.display import Display
+    from mm.models.teachers.kmeans import fit
+
+    config, clusters = load_config(args.config, args.overrides), {"mel": args.mel, "chroma": args.chroma}
+    with Display() as display:
+        about = fit(
+            config.data, config.model.layout(), config.seed, Path(args.out), clusters, args.frames, args.seed,
+            display.packing,
+        )  # fmt: skip
+    say(args, f"{about['frames']:,} frames: {args.out}")
+    for book in about["codebooks"]:
+        say(
+            args,
+            f"  {book['name']}: {book['clusters']} clusters, {book['empty']} of them empty, inertia "
+            f"{book['inertia']:.4f} a frame of {book['bins']} bins, {book['entropy']:.2f} bits of use",
+        )
+    return {"file": args.out, **about}
 
 
 def checkpoint_ls(args: argparse.Namespace) -> Result:
@@ -429,6 +496,19 @@ def add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", help="a run, a checkpoint, a released folder or its name on the hub")
     sub.add_argument("--template", choices=get_args(Chat), help="another chat template than the model's")
     sub.add_argument("--tokens", type=positive, help="another number of positions of a picture: the same weights")
+
+
+def add_encoder(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `open_embedder`."""
+    help = "a run, checkpoint, release or hub name; untrained:CONFIG, builtin:log-mel or builtin:cqt"
+    sub.add_argument("path", help=help)
+    sub.add_argument("--device", default="auto", help="where the encoder runs (auto)")
+    add_precision(sub)
+
+
+def add_windows(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seconds", type=positive, metavar="S", help="cut longer recordings into windows of S seconds")
+    sub.add_argument("--batch-seconds", type=positive, default=60, metavar="N", help="seconds of sound at a time (60)")
 
 
 def add_precision(sub: argparse.ArgumentParser) -> None:
@@ -513,10 +593,42 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=positive, default=8, help="prompts at a time (8)")
     add_precision(sub)
     sub.add_argument("--out", help="folder for results; what is there is not run again (eval-NAME)")
+    sub = command(embed, "write what an audio encoder makes of recordings (docs/audio.md)")
+    add_encoder(sub)
+    help = "a folder, files or shards of recordings, such as music/ or music-*.tar"
+    sub.add_argument("--audio", required=True, metavar="PATH", help=help)
+    sub.add_argument("--out", required=True, help="folder for the embeddings; appears when it is whole")
+    help = "hidden states: all, the last, or the number of one (all)"
+    sub.add_argument("--layers", default="all", metavar="all|last|N", help=help)
+    help = "a row a frame, or their mean a clip (clip)"
+    sub.add_argument("--level", choices=("clip", "frame"), default="clip", help=help)
+    add_windows(sub)
+    sub = command(probe, "read labels off a frozen audio encoder by small probes (docs/audio.md)")
+    add_encoder(sub)
+    help = "recordings with JSON beside them (shards), or with --table a folder"
+    sub.add_argument("--data", required=True, metavar="PATH", help=help)
+    sub.add_argument("--table", metavar="CSV", help="labels: a column file, as seen from --data, and one a label")
+    sub.add_argument("--label", action="append", required=True, metavar="FIELD", help="what to read off; repeatable")
+    tasks = ("auto", "classes", "tags", "regression")
+    sub.add_argument("--task", choices=tasks, default="auto", help="what labels are (auto: by their values)")
+    help = "a linear map, or a hidden layer of 512 (mlp)"
+    sub.add_argument("--probe", choices=("linear", "mlp"), default="mlp", help=help)
+    help = "a learned sum of all, or the number of one (weighted)"
+    sub.add_argument("--layers", default="weighted", metavar="weighted|N", help=help)
+    sub.add_argument("--group", metavar="FIELD", help="what is in one split only, such as the piece (the recording)")
+    help = "the field that says train, validation or test (split, or else by group)"
+    sub.add_argument("--split", metavar="FIELD", help=help)
+    sub.add_argument("--split-seed", type=int, default=0, metavar="N", help="another split by group (0)")
+    sub.add_argument("--seeds", type=positive, default=3, help="probes trained with every learning rate (3)")
+    help = "another --out: say the difference from what was probed there"
+    sub.add_argument("--against", metavar="FOLDER", help=help)
+    sub.add_argument("--out", help="folder for results, and embeddings for further calls (probe-NAME)")
+    add_windows(sub)
     sub = command(export, "write a model in a published format")
     add_model(sub)
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
-    sub.add_argument("--to", choices=("transformers", "prismatic", "hf-llava"), help="the format, where several fit")
+    formats = ("transformers", "prismatic", "hf-llava", "hf")
+    sub.add_argument("--to", choices=formats, help="the format, where several fit")
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")
     sub.add_argument("--out", help="the page (RUN/report.html; of several runs compare.html)")
@@ -535,6 +647,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--languages", type=lambda text: text.split(","), metavar="en,de", help="of gimp-help (en)")
     sub.add_argument("--count", type=int, help="clips of music (200)")
     sub.add_argument("--seed", type=int, help="of what is drawn for music (0)")
+    sub.add_argument("--seconds", type=float, help="of a clip of music (5)")
     sub = command(
         data_convert, "pack the pickles of Open-Qwen2VL anew; none is run", config=True, under=corpora, name="convert"
     )
@@ -544,12 +657,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--slice", type=slice_of, default=(0, 1), metavar="I/N", help="do every N-th part, from the I-th on"
     )
-    help = "compute what a frozen tower gives, once, for runs with data.features"
+    help = "compute what a frozen tower or a teacher says, once, for runs with data.features or data.codes"
     sub = command(data_encode, help, config=True, under=corpora, name="encode")
     splits = ("train", "validation", "test")
     sub.add_argument("--split", action="append", default=[], choices=splits, help="only this one; again for more")
-    sub.add_argument("--device", help="where the tower runs (train.device)")
+    sub.add_argument("--device", help="where it runs (train.device)")
+    sub.add_argument("--teacher", metavar="KIND", help="codes of a teacher of this kind, with data.codes=true")
     sub.add_argument("--slice", type=slice_of, default=(0, 1), metavar="I/N", help="every N-th shard, from the I-th on")
+    help = "fit the centroids of a k-means teacher to the recordings of a config"
+    sub = command(data_kmeans, help, config=True, under=corpora, name="kmeans")
+    sub.add_argument("--out", required=True, help="the file, such as kmeans.safetensors; appears whole or not at all")
+    sub.add_argument("--mel", type=int, default=300, help="clusters of log-mel spectra; 0 for none (300)")
+    sub.add_argument("--chroma", type=int, default=200, help="clusters of chroma; 0 for none (200)")
+    sub.add_argument("--frames", type=positive, default=500_000, help="frames to fit them to, at most (500,000)")
+    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     help = "list, verify and merge the checkpoints of a run"
     checkpoint = commands.add_parser("checkpoint", help=help, description=help)
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="COMMAND")

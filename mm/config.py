@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from mm.data.config import DataConfig
 from mm.errors import ConfigError
 from mm.models.config import ModelConfig
+from mm.models.teachers.config import teacher_of
 from mm.settings import Section, merge
 from mm.train.config import EvaluationConfig, TrainConfig
 
@@ -155,6 +156,16 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         evaluation.every > 0 and data.packed is None and not data.validation,
         "evaluation.every",
         "there is no data.validation to evaluate on; give it, or set evaluation.every=0",
+    )
+    rule(
+        data.codes and teacher_of(config.model) is None,
+        "data.codes",
+        f"a {config.model.kind} model without model.teacher reads no codes; give it one, or set data.codes=false",
+    )
+    rule(
+        data.codes and data.features,
+        "data.codes",
+        "contradicts data.features: media are read with codes beside them, or replaced by features",
     )
     connector = getattr(config.model, "connector", None)
     tokens = getattr(connector, "tokens", 0) if getattr(connector, "pool", None) is None else 0

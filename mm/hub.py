@@ -21,9 +21,9 @@ class ReleaseConfig:
     """What is known of a published model, in the place of a run's config."""
 
     model: Any
-    """An `OpenQwen2VLConfig`."""
-    form: "Form"
-    """How it is asked unless somebody says."""
+    """The config of its kind of system: an `OpenQwen2VLConfig`, a `MertConfig`."""
+    form: "Form | None"
+    """How it is asked unless somebody says; None of a model that writes no text."""
 
 
 def load(
@@ -33,7 +33,9 @@ def load(
 
         mm.load("runs/mine")                       a run (its newest checkpoint), or one checkpoint
         mm.load("weizhiwang/Open-Qwen2VL")         a release of Open-Qwen2VL, by its name on the hub or its folder
-        mm.load("exported")                        a LLaVA folder with a SigLIP tower, such as `mm export` writes
+        mm.load("m-a-p/MERT-v1-95M")               a release of MERT: an encoder; heads and teacher are not released
+        mm.load("exported")                        a LLaVA folder with a SigLIP tower, or a HuBERT folder, such as
+                                                   `mm export` writes
 
     Of a run, averaged weights are taken where it keeps them; adapters are merged.
 
@@ -51,15 +53,14 @@ def load(
         CheckpointError: there is none, or its tensors are not those of the model that the config beside it describes.
     """
     from mm.models import released
+    from mm.models.config import SYSTEMS
     from mm.train import checkpoint
     from mm.train.distributed import resolve_device
     from mm.train.stages import trained_system
 
     config: Any
     if (release := released.find(path)) is not None:
-        from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
-
-        model = OpenQwen2VLConfig.model_validate({"released": str(path)})
+        model = SYSTEMS.resolve(release.kind).model_validate({"released": str(path)})
         config = ReleaseConfig(_changed(model, template, tokens), release.form)
         system = config.model.build()
     else:
@@ -75,6 +76,8 @@ def _changed(model: Any, template: str | None, tokens: int | None) -> Any:
     """A model's section with another template or number of tokens. Raises `ConfigError`."""
     values = model.model_dump()
     if template is not None:
+        if "template" not in values:
+            raise ConfigError(f"template: a {model.kind} model writes no text")
         values["template"]["chat"] = template
     if tokens is not None:
         if "connector" not in values:
@@ -94,7 +97,8 @@ def export(
 
     Args:
         to: `transformers`, a plain folder of a text_lm; `prismatic`, as Open-Qwen2VL was released; `hf-llava`, for
-            stock transformers. Needed where a model fits several.
+            stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers. Needed where a
+            model fits several.
         template, tokens: as in `load`.
 
     Returns:
@@ -105,29 +109,32 @@ def export(
         CheckpointError: there is none.
     """
     from mm.models.answers import form_of
-    from mm.models.released import FORMATS, llava, prismatic, transformers
+    from mm.models.released import FORMATS, llava, mert, prismatic, transformers
 
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another --out or remove it")
+    system: Any
     system, layout, config = load(path, "cpu", template, tokens)
     model: Any = config.model
-    fitting = [name for name, kind in FORMATS.items() if kind == model.kind]
+    fitting = [name for name, kinds in FORMATS.items() if model.kind in kinds]
     to = to or (fitting[0] if len(fitting) == 1 else None)
     if to not in fitting:
         choices = f"it can be written as {' or '.join(fitting)}, with --to" if fitting else "no format takes it"
-        raise ConfigError(f"{path}: an {model.kind} model{f' is not for --to {to}' if to else ''}: {choices}")
+        wanted = f" is not for --to {to}" if to else ""
+        raise ConfigError(f"{path}: a model of the kind {model.kind}{wanted}: {choices}")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     note = None
-    language: Any = getattr(system, "language")  # noqa: B009
     try:
         if to == "transformers":
-            note = transformers.write(language, layout, partial)
+            note = transformers.write(system.language, layout, partial)
         elif to == "prismatic":
-            prismatic.write(system, layout, model, partial, out.name, form_of(config))  # type: ignore[arg-type]
+            prismatic.write(system, layout, model, partial, out.name, form_of(config))
+        elif to == "hf-llava":
+            note = llava.write(system, layout, model, partial, form_of(config))
         else:
-            note = llava.write(system, layout, model, partial, form_of(config))  # type: ignore[arg-type]
+            note = mert.write(system, partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -160,6 +160,18 @@ def histogram(values: "np.ndarray", title: str, unit: str, share: bool = False) 
     return svg(figure, title)
 
 
+def seconds_of_frames(about: dict[str, Any], frames: int) -> float:
+    """How long so many positions of sound last, by the layout in a `dataset.json`; 0 where it takes none."""
+    audio = about.get("layout", {}).get("audio")
+    return seconds_of_samples(about, frames * audio["hop"]) if audio else 0.0
+
+
+def seconds_of_samples(about: dict[str, Any], samples: int) -> float:
+    """How long so many samples of sound last at the rate of the layout in a `dataset.json`; 0 where it takes none."""
+    audio = about.get("layout", {}).get("audio")
+    return samples / audio["sampling_rate"] if audio else 0.0
+
+
 def ledger_rows(about: dict[str, Any], written: dict[str, dict[str, int]] | None = None) -> list[dict[str, Any]]:
     """Per source, the counts of a `dataset.json` and `open`: the sums that do not close (empty when all do).
 
@@ -182,5 +194,6 @@ def ledger_rows(about: dict[str, Any], written: dict[str, dict[str, int]] | None
             for name, found in written[source].items():
                 sums[f"{name} in the ledger = {name} in the packs"] = (n[name], found)
         broken = [f"{name}: {count(a)} ≠ {count(b)}" for name, (a, b) in sums.items() if a != b]
-        rows.append({**n, "source": source, "sums": len(sums), "open": broken})
+        seconds = seconds_of_samples(about, n["audio_samples"])
+        rows.append({**n, "source": source, "audio_seconds": seconds, "sums": len(sums), "open": broken})
     return rows

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,7 @@ from mm.page import (
     ledger_rows,
     percent,
     render,
+    seconds_of_frames,
     short,
     thumbnail,
 )
@@ -91,25 +93,31 @@ def report_page(path: Path) -> str:
     results: dict[str, Any] = run.found.get("eval.json", {})
     about: dict[str, Any] = run.found.get("run.json", {})
     splits = _splits(run.found.get("data.json", {}))
+    rows = _with_sound(run.rows, splits)
+    means = _means(results)
+    expected = {name: why for name, why in OPTIONAL.items() if not (means and name == "samples.json")}
     stages = _stages(run)
     return render(
         "report.html.j2",
         title=f"{run.name} – run",
         name=run.name,
         facts=_facts(run.config, run.rows, about),
-        missing={name: why for name, why in OPTIONAL.items() if name not in run.found},
+        missing={name: why for name, why in expected.items() if name not in run.found},
         planned=about.get("steps"),
         last=run.last,
-        headlines=_headlines(results, run.rows),
+        headlines=_headlines(results, rows),
         bars=_bars(results),
+        means=means,
         interval=_interval(results),
         results=results,
         loss=_loss_chart(run, stages, results.get("unigram_loss")),
-        curves=_curves(run.rows),
+        objectives=[key.partition("/")[2] for key in keys_under(rows, "loss")],
+        curves=_curves(rows),
         stages=stages,
         guard=[_event(row) for row in run.guard[-MOST_EVENTS:]],
         skipped=sum(bool(row.get("action")) for row in run.guard),
         checkpoints=_checkpoints(path / "checkpoints"),
+        masks=_masks(run.config, splits),
         splits=splits,
         ledger=[{**row, "split": split} for split, one in splits.items() for row in ledger_rows(one)],
         samples=[_sample(path, one) for one in run.found.get("samples.json", [])],
@@ -145,6 +153,25 @@ def _splits(data: dict[str, Any]) -> dict[str, Any]:
     if all("packs" in one for one in data.values()):
         return data
     return {f"{stage}, {split}": one for stage, splits in data.items() for split, one in splits.items()}
+
+
+def _of_sound(splits: dict[str, Any]) -> dict[str, Any]:
+    """The first split that holds any."""
+    return next((one for one in splits.values() if seconds_of_frames(one, 1)), {})
+
+
+def _with_sound(rows: Rows, splits: dict[str, Any]) -> Rows:
+    """The rows with the seconds of sound that training has heard, `sound`, and how many a second since the row before,
+    `sound_per_second`; as they are where it has heard none."""
+    about = _of_sound(splits)
+    found, before, elapsed = [], 0.0, 0.0
+    for row in rows:
+        sound, now = seconds_of_frames(about, row.get("tokens/audio", 0)), row.get("elapsed", elapsed)
+        if sound > before and now > elapsed:
+            row = {**row, "sound": sound, "sound_per_second": (sound - before) / (now - elapsed)}
+            before, elapsed = sound, now
+        found.append(row)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +259,7 @@ def _headlines(results: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
         chance = results["match_chance"]
         words = f"picks the true caption of a test picture among {round(1 / chance)} (chance {percent(chance)})"
         found.append((percent(results["match_accuracy"]), words))
-    if "test_loss" in results:
+    if "perplexity" in results:
         found.append((f"{results['perplexity']:.1f}", "perplexity on held-out text"))
     if "caption_loss" in results:
         found.append((f"{results['caption_loss']:.3f}", "nats per caption token on held-out pictures"))
@@ -247,6 +274,10 @@ def _headlines(results: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     if last.get("tokens"):
         learned = f", {short(last['loss_tokens'])} of them learned" if "loss_tokens" in last else ""
         found.append((short(last["tokens"]), f"tokens read{learned}"))
+    heard = series(rows, "sound", "elapsed")
+    if heard:
+        found.append((duration(heard[-1][1]), "of sound heard, repetitions included"))
+        found.append((three(heard[-1][1] / heard[-1][0]), "seconds of sound heard a second"))
     speeds = sorted(value for _, value in series(rows, "tokens_per_second"))
     if speeds:
         found.append((short(speeds[len(speeds) // 2]), "tokens a second, median"))
@@ -281,6 +312,8 @@ class _Bar:
 
 def _bars(results: dict[str, Any]) -> list[_Bar]:
     """Caption loss beside its two baselines, for bars that start at zero."""
+    if _means(results):
+        return []
     names = {
         "caption_loss": ("This model", "given the right picture"),
         "test_loss": ("This model", "on held-out text"),
@@ -290,6 +323,18 @@ def _bars(results: dict[str, Any]) -> list[_Bar]:
     values = {key: float(results[key]) for key in names if results.get(key) is not None}
     longest = max(values.values(), default=1.0)
     return [_Bar(*names[key], value, value / longest) for key, value in values.items()]
+
+
+def _means(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, mean over the test split) of a system that writes no text: its objectives and metrics."""
+    if "perplexity" in results or "caption_loss" in results:
+        return []
+    names = {"test_loss": "all objectives, weighted"}
+    return [
+        (names.get(key, key.removeprefix("test_")), three(float(value)))
+        for key, value in results.items()
+        if key.startswith("test_") and isinstance(value, int | float)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +361,8 @@ class Quantity:
     """More keys of the same chart."""
     prefix: str = ""
     """Keys `prefix/…` belong to the same chart."""
+    names: tuple[str, ...] = ()
+    """What the keys are called in a legend; by default see `NAMES`."""
 
 
 QUANTITIES = (
@@ -323,6 +370,7 @@ QUANTITIES = (
     Quantity("", "Loss by source", three, "end", prefix="loss_from"),
     Quantity("lr", "Learning rate", three, "peak", prefix="lr"),
     Quantity("grad_norm", "Gradient norm, before clipping", three, prefix="grad_norm"),
+    Quantity("sound_per_second", "Seconds of sound a second", three),
     Quantity("tokens_per_second", "Tokens a second", short, others=("loss_tokens_per_second",)),
     Quantity("mfu", "Share of the accelerators' peak (MFU)", percent),
     Quantity("memory_gb", "Peak memory, GB", three, "peak", others=("host_memory_gb",)),
@@ -334,6 +382,12 @@ NAMES = {
     "memory_gb": "accelerator", "host_memory_gb": "host",
 }  # fmt: skip
 """What a key is called in a legend; others by what stands behind the slash."""
+COUNTERS = (
+    "step", "stage", "loss", "validation_loss", "epoch", "tokens", "loss_tokens", "step_tokens", "skipped", "elapsed",
+    "steps_per_second", "sound",
+)  # fmt: skip
+COUNTED_BY = ("tokens", "tokens_from", "validation")
+"""Logged with every step, or under these prefixes; every other key that is no `Quantity` is a metric of the system."""
 
 
 def lines_of(rows: Rows, quantity: Quantity, x: str = "step") -> list[Line]:
@@ -344,13 +398,31 @@ def lines_of(rows: Rows, quantity: Quantity, x: str = "step") -> list[Line]:
         points = series(rows, key, x)
         if points and all(points != other for _, other in logged):  # `lr` is that of one of the groups
             logged.append((key, points))
-    return [Line(NAMES.get(key, key.partition("/")[2]), points, n) for n, (key, points) in enumerate(logged)]
+    names = {**NAMES, **dict(zip(keys, quantity.names, strict=False))}
+    return [Line(names.get(key, key.partition("/")[2]), points, n) for n, (key, points) in enumerate(logged)]
+
+
+def _of_system(rows: Rows) -> list[Quantity]:
+    """What the system itself logs: its metrics, in training and in validation, and its objectives in validation."""
+    known = {*COUNTERS, *(key for one in QUANTITIES for key in (one.key, *one.others))}
+    prefixes = {*COUNTED_BY, *(one.prefix for one in QUANTITIES)} - {""}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    metrics = [key for key in keys if key not in known and ("/" not in key or key.partition("/")[0] not in prefixes)]
+    objectives = [key.partition("/")[2] for key in keys_under(rows, "loss")]
+    found = [
+        Quantity("", "Validation loss by objective", three, "end", tuple(f"validation/{one}" for one in objectives))
+    ]
+    for key in metrics:
+        name = key.replace("_", " ").capitalize()
+        pair = ("training", "validation")
+        found.append(Quantity(key, name, three, "end", (f"validation/{key}",), names=pair))
+    return found
 
 
 def _curves(rows: Rows) -> list[_Curve]:
     """The small charts."""
     curves = []
-    for quantity in QUANTITIES:
+    for quantity in (*QUANTITIES[:1], *_of_system(rows), *QUANTITIES[1:]):
         lines = lines_of(rows, quantity)
         if not lines:
             continue
@@ -418,6 +490,47 @@ def _loss_chart(run: RunFiles, stages: list[_Stage], unigram: float | None) -> "
         draw=draw,
         limits=(low, high),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """What a run masks of a clip, drawn for the page. `spans`: (start, length) in frames, of each draw."""
+
+    frames: int
+    seconds: float
+    spans: list[list[tuple[int, int]]]
+    share: float
+    longest: float
+    """Seconds, of the median draw."""
+
+
+MASKED_SECONDS, SHOWN_DRAWS, DRAWS = 5.0, 6, 200
+
+
+def _masks(config: dict[str, Any], splits: dict[str, Any]) -> _Masks | None:
+    """By the rule and the settings of the run's model; None where it masks nothing."""
+    a_frame = seconds_of_frames(_of_sound(splits), 1)
+    model = config["model"] if a_frame else {}
+    settings = next((one["mask"] for one in (model, *model.get("parts", {}).values()) if "mask" in one), None)
+    if settings is None:
+        return None
+    from mm.data.sample import keyed_rng
+    from mm.models.masking import span_mask
+
+    frames = round(MASKED_SECONDS / a_frame)
+    rng = keyed_rng(config.get("seed", 0), "report")
+    masks = [span_mask(frames, rng=rng, **settings) for _ in range(DRAWS)]
+    spans = [_spans(mask.tolist()) for mask in masks]
+    longest = sorted(max(length for _, length in one) for one in spans)[DRAWS // 2]
+    share = float(sum(mask.mean() for mask in masks)) / DRAWS
+    return _Masks(frames, frames * a_frame, spans[:SHOWN_DRAWS], share, longest * a_frame)
+
+
+def _spans(mask: list[bool]) -> list[tuple[int, int]]:
+    """(start, length) of every run of true values."""
+    runs = [(hit, len(list(run))) for hit, run in groupby(mask)]
+    starts = accumulate((length for _, length in runs), initial=0)
+    return [(start, length) for start, (hit, length) in zip(starts, runs, strict=False) if hit]
 
 
 def _parts(about: dict[str, Any]) -> list[dict[str, Any]]:

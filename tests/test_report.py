@@ -34,7 +34,8 @@ EVAL = {
 }  # fmt: skip
 COUNTS = {
     "samples": 1700, "filtered": 0, "quarantined": 10, "pieces": 0, "inserted_tokens": 0,
-    "audio": 0, "audio_tokens": 0, "video": 0, "video_tokens": 0, "too_long": 5, "too_long_tokens": 900,
+    "audio": 0, "audio_tokens": 0, "audio_samples": 0, "video": 0, "video_tokens": 0,
+    "too_long": 5, "too_long_tokens": 900,
     "segments": 1685,
     "segment_tokens": 44321, "image": 1685, "image_tokens": 26960, "text_tokens": 17361, "loss_tokens": 11111,
     "masked_tokens": 33210,
@@ -318,6 +319,78 @@ def test_stages_guard_and_sources_are_shown(tmp_path: Path) -> None:
     assert "28,000" not in words and "50,000" in words and "30,000" in words  # tokens of the stages: 25 and 15 steps
     # One cross in the loss chart for each event.
     assert page.count("stroke: var(--bad)") >= 1 and len(re.findall(r"<use [^>]*style=\"[^\"]*--bad", page)) == 2
+
+
+SOUND = {
+    **TRAIN,
+    "layout": {"audio": {"sampling_rate": 24000, "hop": 320, "window": 400, "alone": True}},
+    "ledger": {"music": {**COUNTS, "audio": 60, "audio_tokens": 22_440, "audio_samples": 60 * 120_000}},
+}
+MASK = {"prob": 0.8, "length": 5, "least": 2}
+
+
+def sound_run(folder: Path) -> Path:
+    """Of a model of sound: 30 frames of a step's 40 are heard, 75 a second; it takes half a second a step."""
+    rows = [
+        {
+            **row, "loss/codes": 9.0 - row["step"] / 40, "loss/cqt": 2.5, "loss/feature_penalty": 0.125,
+            "code_accuracy": row["step"] / 100, "masked_frames": 0.58, "tokens/audio": 3000 * row["step"],
+            "elapsed": 0.5 * row["step"],
+        }
+        for row in metrics(40)
+    ]  # fmt: skip
+    for row in rows[9::10]:
+        row |= {"validation/codes": 7.75, "validation/cqt": 2.25, "validation/code_accuracy": 0.345}
+    result = {
+        "step": 40,
+        "seed": 0,
+        "evaluation": {},
+        "test_loss": 11.75,
+        "test_codes": 8.625,
+        "test_code_accuracy": 0.306,
+    }
+    run = write_run(folder, {"run.json": RUN, "data.json": {"train": SOUND}, "eval.json": result}, rows)
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "model": {"kind": "mert", "mask": MASK}}))
+    return run
+
+
+def test_a_model_of_sound_shows_objectives_metrics_and_seconds(tmp_path: Path) -> None:
+    words = Page(report_page(sound_run(tmp_path / "run"))).words
+    for text in (
+        "Loss by objective", "codes 8.01", "cqt 2.5", "feature_penalty 0.125", "All objectives, weighted: codes, cqt",
+        "Validation loss by objective", "codes 7.75", "cqt 2.25",
+        "Code accuracy", "training 0.395", "validation 0.345", "Masked frames",
+    ):  # fmt: skip
+        assert text in words, text
+    # 40 steps of 3,000 frames at 75 a second are 1,600 s of sound, in 20 s.
+    assert "27 min" in words and "80seconds of sound heard a second" in words and "Seconds of sound a second" in words
+    assert "5 min" in words  # in the ledger: 60 clips of 5 s
+    for text in ("all objectives, weighted11.8", "codes8.62", "code_accuracy0.306"):
+        assert text in words.replace("\n", ""), text
+    for text in ("is missing", "perplexity", "Nats per learned token", "per learned token on held"):
+        assert text not in words, text
+
+
+def test_masks_are_drawn_by_the_runs_rule(tmp_path: Path) -> None:
+    page = report_page(sound_run(tmp_path / "run"))
+    drawn = re.findall(r'<svg class="masks" viewBox="0 0 (\d+) 1".*?</svg>', page)
+    assert drawn == ["375"] * 6
+    bars = [
+        [(int(a), int(b)) for a, b in re.findall(r'<rect x="(\d+)" width="(\d+)"', bar)]
+        for bar in re.findall(r'<svg class="masks".*?</svg>', page)
+    ]
+    for bar in bars:
+        ends = [start + length for start, length in bar]
+        assert all(end < start for end, (start, _) in zip(ends, bar[1:], strict=False)) and ends[-1] <= 375
+        assert all(length >= MASK["length"] for _, length in bar[:-1])
+    assert len({tuple(bar) for bar in bars}) == 6
+    found = re.search(r"In the mean ([\d.]+) % of the frames", Page(page).words)
+    # 60 of 370 places start a span: a frame stays when none of the 5 up to it does.
+    expected = 1 - math.prod((310 - k) / (370 - k) for k in range(5))
+    assert found and float(found[1]) / 100 == pytest.approx(expected, abs=0.01)
+    shown = sum(length for bar in bars for _, length in bar) / (6 * 375)
+    assert shown == pytest.approx(expected, abs=0.05)
+    assert "What is masked" not in Page(report_page(full_run(tmp_path / "other"))).words
 
 
 def law_run(folder: Path, batch: int, steps: int, every: int, noise: float = 0.0, **config: Any) -> Path:

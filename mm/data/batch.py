@@ -5,19 +5,20 @@ native aspect ratios and clips of any length need no padding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.data.audio import decode_audio
 from mm.data.layout import Layout
 from mm.data.media import Decoder, decode_image
 from mm.data.packed import Pack, PackedMedia
-from mm.data.sample import keyed_rng
+from mm.data.sample import keyed_rng, keyed_seed
 from mm.data.video import decode_video
 from mm.errors import DataError
 
@@ -69,8 +70,10 @@ class MediaBatch(_Tensors):
     values: float32 [sum n_i]; item i is `values[offsets[i]:offsets[i + 1]].view(shapes[i])`, [C, H, W] for pictures.
     shapes and offsets stay in host memory: what a tower runs on depends on them.
     row, position, length: int64 [N], the row positions that item i takes; cost: int64 [N] encoder tokens.
+    unreadable: bool [N], in host memory: items that could not be read, zeros in their place; no loss depends on them.
     features: [sum length, D] in item order where what the tower gives is known already (`GenerativeSystem.features`),
         else None; `values` may then be empty.
+    codes: int32 [sum length, K] in item order, what a teacher says of every position, where that is known already.
     dummy: not data; see `with_dummies`. positions: the sum of length, known without asking the device.
     """
 
@@ -82,10 +85,14 @@ class MediaBatch(_Tensors):
     length: Tensor
     cost: Tensor
     features: Tensor | None = None
+    codes: Tensor | None = None
+    unreadable: Tensor = field(default=None, metadata={"host": True})  # type: ignore[assignment]
     dummy: bool = False
     positions: int = -1
 
     def __post_init__(self) -> None:
+        if self.unreadable is None:
+            object.__setattr__(self, "unreadable", torch.zeros(len(self.row), dtype=torch.bool))
         if self.positions < 0 or self.length.device.type == "cpu":
             object.__setattr__(self, "positions", int(self.length.sum()))
 
@@ -119,9 +126,10 @@ class PackedBatch(_Tensors):
 
     input_ids int64 [B, L]; labels int64 [B, L], already shifted, -100 where there is no loss; segment_ids int32 [B, L],
     0 = padding; position_ids int64 [B, L], restarting at every segment (running, where segments are not isolated);
-    modality uint8 [B, L]; media by name; ids: sample ids, row by row; bad: (id, reason) of items quarantined in place;
-    sources: the source of each row, "" of a row of padding; targets: how many labels are not -100, known without asking
-    the device.
+    modality uint8 [B, L]; draws: int64 [B], in host memory, a key for each row, from which models draw what they draw
+    in training, so that nothing of it depends on how a step is split; media by name; ids: sample ids, row by row;
+    bad: (id, reason) of items quarantined in place; sources: the source of each row, "" of a row of padding; targets:
+    how many labels are not -100, known without asking the device.
     """
 
     input_ids: Tensor
@@ -131,12 +139,15 @@ class PackedBatch(_Tensors):
     modality: Tensor
     media: dict[str, MediaBatch]
     ids: list[list[str]]
+    draws: Tensor = field(default=None, metadata={"host": True})  # type: ignore[assignment]
     isolate_segments: bool = True
     bad: tuple[tuple[str, str], ...] = ()
     sources: tuple[str, ...] = ()
     targets: int = -1
 
     def __post_init__(self) -> None:
+        if self.draws is None:
+            object.__setattr__(self, "draws", torch.zeros(len(self.labels), dtype=torch.int64))
         if self.targets < 0 or self.labels.device.type == "cpu":
             object.__setattr__(self, "targets", int((self.labels != IGNORE).sum()))
 
@@ -182,6 +193,54 @@ def _dummy(layout: Layout, kind: str) -> MediaBatch:
         cost=torch.tensor([cost]),
         features=features,
         dummy=True,
+    )
+
+
+def select_rows(batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
+    """Some rows of a batch, in the order given, as a batch: of each medium the items in them, if any, without dummies.
+
+    Which these are is asked of the device.
+    """
+    at = {row: number for number, row in enumerate(rows)}
+    index = torch.tensor(rows, dtype=torch.int64)
+    on_device = index.to(batch.labels.device)
+    media = {kind: _in_rows(one, at) for kind, one in batch.media.items() if not one.dummy}
+    ids = [batch.ids[row] for row in rows]
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[on_device] for name in ROWS},
+        draws=batch.draws[index],
+        media={kind: one for kind, one in media.items() if len(one)},
+        ids=ids,
+        bad=tuple((id, reason) for id, reason in batch.bad if any(id in row for row in ids)),
+        sources=tuple(batch.sources[row] for row in rows),
+        targets=-1,
+    )
+
+
+def _in_rows(media: MediaBatch, at: dict[int, int]) -> MediaBatch:
+    """The items of rows that are keys of `at`, each in the row that it says there."""
+    placed = sorted((at[row], item) for item, row in enumerate(media.row.tolist()) if row in at)
+    items = torch.tensor([item for _, item in placed], dtype=torch.int64)
+    sizes, lengths = media.shapes.prod(1), media.length.tolist()
+    device = media.row.device
+    on_device = items.to(device)
+
+    def pieces(values: Tensor, sizes: list[int]) -> Tensor:
+        split = values.split(sizes)
+        return torch.cat([values[:0], *(split[item] for _, item in placed)])
+
+    return replace(
+        media,
+        values=pieces(media.values, sizes.tolist()),
+        shapes=media.shapes[items],
+        offsets=F.pad(sizes[items].cumsum(0), (1, 0)),
+        row=torch.tensor([row for row, _ in placed], dtype=torch.int64, device=device),
+        **{name: getattr(media, name)[on_device] for name in ("position", "length", "cost")},
+        features=None if media.features is None else pieces(media.features, lengths),
+        codes=None if media.codes is None else pieces(media.codes, lengths),
+        unreadable=media.unreadable[items],
+        positions=-1,
     )
 
 
@@ -254,7 +313,8 @@ def collate(
 ) -> PackedBatch:
     """Decode media and lay packs out as rows; `Pack`s without segments are rows of padding.
 
-    `draws` is a key for each row, from which whatever is drawn in training (crops) derives; without it nothing is.
+    `draws` is a key for each row, from which whatever is drawn in training (crops, masks) derives; without it nothing
+    is drawn here, and models draw from the ids of the samples.
     Raises `DataError` for damaged media, unless they are to be quarantined in place.
     """
     return lay_out(packs, RowSettings(layout, row_length, isolate_segments, quarantine, decoder), draws).batch()
@@ -281,17 +341,26 @@ def lay_out(
     }
     row_length = settings.row_length or max(8, *(len(pack.tokens) for pack in packs))
     given: dict[str, list[np.ndarray]] = {}
+    codes: dict[str, list[np.ndarray]] = {}
     wanted: Shapes = {name: ((len(packs), row_length), dtype) for name, dtype in ROWS.items()}
     for kind, items in media.items():
         wanted[f"{kind}.values"] = ((sum(map(math.prod, shapes[kind])),), np.float32)
         wanted[f"{kind}.shapes"] = ((len(items), len(shapes[kind][0])), np.int64)
         wanted[f"{kind}.offsets"] = ((len(items) + 1,), np.int64)
         wanted |= {f"{kind}.{name}": ((len(items),), np.int64) for name in ("row", "position", "length", "cost")}
+        wanted[f"{kind}.unreadable"] = ((len(items),), np.bool_)
         given[kind] = [one.features for _, one in items if one.features is not None]
         if given[kind]:
             wanted[f"{kind}.features"] = ((sum(map(len, given[kind])), given[kind][0].shape[1]), np.uint16)
+        codes[kind] = [one.codes for _, one in items if one.codes is not None]
+        if codes[kind]:
+            wanted[f"{kind}.codes"] = ((sum(map(len, codes[kind])), codes[kind][0].shape[1]), np.int32)
+    wanted["draws"] = ((len(packs),), np.int64)
     arrays = allocate(wanted)
     _lay_tokens(packs, settings, arrays)
+    for row, pack in enumerate(packs):
+        ids = [segment.id for segment in pack.segments]
+        arrays["draws"][row] = 0 if not ids else keyed_seed("row", *(ids if draws is None else draws[row]))
     bad: list[tuple[str, str]] = []
     for kind, items in media.items():
         values, offsets = arrays[f"{kind}.values"], arrays[f"{kind}.offsets"]
@@ -300,10 +369,13 @@ def lay_out(
         np.cumsum(list(map(math.prod, shapes[kind])), out=offsets[1:])
         if given[kind]:
             np.concatenate(given[kind], out=arrays[f"{kind}.features"])
+        if codes[kind]:
+            np.concatenate(codes[kind], out=arrays[f"{kind}.codes"], casting="safe")
         for number, (row, one) in enumerate(items):
             for name, value in (("row", row), ("position", one.position), ("length", one.length), ("cost", one.cost)):
                 arrays[f"{kind}.{name}"][number] = value
             out = values[offsets[number] : offsets[number + 1]].reshape(shapes[kind][number])
+            arrays[f"{kind}.unreadable"][number] = False
             rng = None if draws is None else keyed_rng("crop", *draws[row], one.position)
             try:
                 if one.unreadable:
@@ -314,6 +386,7 @@ def lay_out(
                 if not settings.quarantine:
                     raise
                 bad.append((where[id(one)], str(error)))
+                arrays[f"{kind}.unreadable"][number] = True
                 out[:] = 0
                 segment = packs[row].segments[one.segment]
                 arrays["labels"][row, max(0, segment.start - 1) : segment.start + segment.length] = IGNORE

@@ -47,6 +47,7 @@ def _problems(pack: Pack, row: dict[str, Any], capacities: dict[str, int]) -> It
         "tokens": len(pack.tokens),
         "loss_tokens": sum(b - max(a, one.start + 1) for one in pack.segments for a, b in one.loss),
         **dict.fromkeys(COSTS, 0),
+        "audio_samples": sum(one.plan.get("samples", 0) for one in pack.media if one.kind == "audio"),
     }
     for one in pack.media:
         found[one.kind] += 1

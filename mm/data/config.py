@@ -72,6 +72,8 @@ class DataConfig(Section):
     features: bool = False
     """Read what a frozen tower gives for pictures, computed once by `mm data encode`, in place of pictures: these are
     neither read nor decoded, and the tower does not run."""
+    codes: bool = False
+    """Read what a teacher says of media, computed once by `mm data encode`, beside them: the teacher does not run."""
     workers: int = Field(default=1, ge=0)
     """Processes that read and decode during training. Any number gives the same order."""
     cache: Path = Path("~/.cache/mm")

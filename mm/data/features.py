@@ -1,14 +1,16 @@
-"""What a frozen tower gives for the media of a packed split, computed once and read in their place ever after.
+"""What a frozen network says of the media of a packed split, computed once and read in its place ever after: a row of
+numbers for every position. There are two roles. *Features* of a frozen tower are bfloat16 numbers that are read in
+place of media; *codes* of a teacher are whole numbers below 65,536 that are read beside them.
 
-    SPLIT/features-FINGERPRINT/features.json            what they are of, counts; written last
-    SPLIT/features-FINGERPRINT/index.parquet            pack -> its features, and its text in the packed shard
-    SPLIT/features-FINGERPRINT/packs-000000.safetensors the features of all media of packs-000000.tar, bfloat16
-    SPLIT/features-FINGERPRINT/parts/000000.index       until all are there: the index of a shard that is whole
+    SPLIT/codes-FINGERPRINT/codes.json                what they are of, counts; written last
+    SPLIT/codes-FINGERPRINT/index.parquet             pack -> its codes, and its text in the packed shard
+    SPLIT/codes-FINGERPRINT/packs-000000.safetensors  the codes of all media of packs-000000.tar
+    SPLIT/codes-FINGERPRINT/parts/000000.index        until all are there: the index of a shard that is whole
 
-The fingerprint is one of everything that decides the numbers: the tower's weights and settings, the pooling, the
-transform and the decoder. So features can be out of date in no run: another tower looks for another folder. Where media
-come first in a pack and text last, as the writer puts them, what a run with features reads of a packed shard is the
-text alone.
+The fingerprint is one of everything that decides the numbers, their *origin*: weights and settings of the network, the
+layout of the medium and its decoder. So they can be out of date in no run: another network looks for another folder.
+Where media come first in a pack and text last, as the writer puts them, what a run with features reads of a packed
+shard is the text alone.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -40,8 +42,7 @@ from mm.data.write import join_parts, write_part
 from mm.errors import ConfigError, DataError
 from mm.files import atomic, fsync
 
-FORMAT_VERSION = 1
-ABOUT = "features.json"
+FORMAT_VERSION = 2
 INDEX = pa.schema(
     [
         ("pack", pa.int64()),
@@ -51,17 +52,51 @@ INDEX = pa.schema(
         ("items", pa.list_(pa.int32())),
         ("text_offset", pa.int64()),
         ("text_checksum", pa.string()),
-        ("unreadable", pa.list_(pa.struct([("id", pa.string()), ("reason", pa.string())]))),
+        ("unreadable", pa.list_(pa.struct([("item", pa.int32()), ("id", pa.string()), ("reason", pa.string())]))),
     ]
 )
 BATCH_COST = 1 << 15
-"""Encoder tokens that go through the tower at once, and a pack more at most: 45 pictures of 729."""
+"""Encoder tokens that go through the network at once, and a pack more at most: 45 pictures of 729, 7 min at 75 Hz."""
+MOST_CODES = 1 << 16
+"""Of a codebook."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-Tower = dict[str, Any]
-"""What decides features, in plain JSON values: `weights` (a digest), `decoder`, `layout`, settings of the tower."""
+NAMES = {"image": "images", "audio": "recordings", "video": "clips"}
+"""Of several of a medium, for people."""
+
+Origin = dict[str, Any]
+"""What decides the numbers, in plain JSON values: `medium`, `layout`, `weights` (a digest), settings of the network."""
 Encode = Callable[[MediaBatch], Tensor]
-"""[sum of lengths, width] bfloat16 in host memory, in item order."""
+"""[sum of lengths, width] in host memory, in item order: bfloat16 features, or codes in any type of whole numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What is stored, in 2 bytes a number. `name`: of folders, of the file that says what is in them, of the field of
+    `PackedMedia` and of the setting in `data`."""
+
+    name: str
+    dtype: str
+    """As safetensors has it."""
+    maker: str
+    replaces_media: bool
+
+    def folder(self, split: Path, origin: Origin) -> Path:
+        return split / f"{self.name}-{fingerprint(origin)}"
+
+    @property
+    def about(self) -> str:
+        """The file that is written last."""
+        return f"{self.name}.json"
+
+    def sets(self, split: Path) -> list[Path]:
+        """The folders of whole sets beside a split."""
+        return sorted(path.parent for path in split.glob(f"{self.name}-*/{self.about}"))
+
+
+FEATURES = Role("features", "BF16", "a frozen tower", replaces_media=True)
+CODES = Role("codes", "U16", "a teacher", replaces_media=False)
+ROLES = (FEATURES, CODES)
 
 
 def medium_of(layout: Layout) -> str:
@@ -70,40 +105,58 @@ def medium_of(layout: Layout) -> str:
         found = ", ".join(layout.media()) or "none"
         raise ConfigError(f"data.features is for models of text and one other medium; this one takes {found}")
     (medium,) = layout.media()
-    transform = getattr(getattr(layout, medium), "transform", None)
-    if transform is not None and (transform.crop < 1 or transform.flip):
-        raise ConfigError(
-            f"data.features: {medium}s are cut or mirrored anew each time, and features are computed once; "
-            "set model.vision.crop=1 model.vision.flip=false, or data.features=false"
-        )
+    require_same_each_time(layout, medium, FEATURES)
     return medium
 
 
-def describe(layout: Layout, medium: str, decoder: Decoder, settings: dict[str, Any], weights: str) -> Tower:
-    """A `Tower` from its settings and a digest of its weights."""
+def require_same_each_time(layout: Layout, medium: str, role: Role) -> None:
+    """Raise `ConfigError` where the model does not see the same of a medium each time, or takes none of it."""
+    if medium not in layout.media():
+        found = ", ".join(layout.media()) or "none"
+        raise ConfigError(f"data.{role.name}: {role.maker} of {medium}, and the model takes {found}")
+    transform = getattr(getattr(layout, medium), "transform", None)
+    if transform is not None and (transform.crop < 1 or transform.flip):
+        raise ConfigError(
+            f"data.{role.name}: {NAMES[medium]} are cut or mirrored anew each time, and {role.name} are computed once; "
+            f"set model.vision.crop=1 model.vision.flip=false, or data.{role.name}=false"
+        )
+
+
+def describe(layout: Layout, medium: str, decoder: Decoder, settings: Mapping[str, Any], weights: str) -> Origin:
+    """An `Origin` from the settings of a network and a digest of its weights."""
     about = asdict(getattr(layout, medium))
+    about.pop("alone", None)  # how text is spelt around it
     for drawn in ("crop", "flip"):
         about.get("transform", {}).pop(drawn, None)
-    found = {"medium": medium, "layout": about, **settings, "decoder": decoder, "weights": weights}
-    return json.loads(json.dumps(found))
+    decoding = {} if medium == "audio" else {"decoder": decoder}  # there is one decoder of sound
+    return json.loads(json.dumps({"medium": medium, "layout": about, **settings, **decoding, "weights": weights}))
 
 
-def fingerprint(tower: Tower) -> str:
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, tower], sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(origin: Origin) -> str:
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, origin], sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Features:
-    """The features of a packed split, as they lie on disk; `PackedDataset.read_features` puts them to use."""
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors by name, to the last bit."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
 
-    def __init__(self, folder: Path, packs: int) -> None:
-        self.folder = folder
+
+class Beside:
+    """A set of features or codes as it lies beside a packed split; `PackedDataset.read_beside` puts it to use."""
+
+    def __init__(self, folder: Path, role: Role, packs: int) -> None:
+        self.folder, self.role = folder, role
         again = "remove the folder and make it again with `mm data encode`"
         try:
-            self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            self.about: dict[str, Any] = json.loads((folder / role.about).read_text(encoding="utf-8"))
             self._index = pq.read_table(folder / "index.parquet", page_checksum_verification=True)
             if self.about["format_version"] != FORMAT_VERSION:
                 raise DataError(
-                    f"{folder}: features of format {self.about['format_version']}, this version of mm reads "
+                    f"{folder}: {role.name} of format {self.about['format_version']}, this version of mm reads "
                     f"{FORMAT_VERSION}; {again}"
                 )
             self.medium: str = self.about["medium"]
@@ -112,12 +165,12 @@ class Features:
             whole = whole and np.array_equal(self._index["pack"].to_numpy(), np.arange(packs))
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             reason = str(error).partition("\n")[0]
-            raise DataError(f"{folder}: {ABOUT} or index.parquet is damaged ({reason}); {again}") from None
+            raise DataError(f"{folder}: {role.about} or index.parquet is damaged ({reason}); {again}") from None
         if not whole:
             raise DataError(f"{folder}: index.parquet is not of the {packs} packs beside it; {again}")
 
     def place(self, place: dict[str, Any]) -> dict[str, Any]:
-        """Where a pack is, for a `FeatureReader`, from where it is in the packed shard."""
+        """Where a pack is, for a `BesideReader`, from where it is in the packed shard."""
         found: dict[str, Any] = self._index.slice(place["pack"], 1).to_pylist()[0]
         text = {
             **place,
@@ -125,44 +178,44 @@ class Features:
             "length": place["length"] - found["text_offset"],
             "checksum": found["text_checksum"],
         }
-        return {"pack": place["pack"], "text": text, "features": found}
+        return {"pack": place["pack"], "whole": place, "text": text, "beside": found}
 
-    def reader(self, packs: Path) -> "FeatureReader":
-        return FeatureReader(Reader(packs), FeatureShards(self.folder), self.medium, self.width)
+    def reader(self, packs: Path) -> "BesideReader":
+        return BesideReader(Reader(packs), BesideShards(self.folder), self.role, self.medium, self.width)
 
 
-class FeatureShards(Reader):
-    """The files of features, read by the place of a pack's."""
+class BesideShards(Reader):
+    """The files of a set, read by the place of a pack's numbers."""
 
     remedy = "remove the folder and make it again with `mm data encode`"
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureReader:
-    """Reads packs whose media have `features` in place of bytes."""
+class BesideReader:
+    """Reads packs whose media have `features` in place of their bytes, or `codes` beside them."""
 
     packs: Reader
-    shards: FeatureShards
+    shards: BesideShards
+    role: Role
     medium: str
     width: int
 
     def read(self, place: dict[str, Any]) -> Pack:
-        """Raises `DataError` where text or features are not what was written."""
-        found = place["features"]
-        pack = self.text(place)
-        features = np.frombuffer(self.shards.bytes_at(found), dtype="<u2").reshape(-1, self.width)
+        """Raises `DataError` where packs or numbers are not what was written."""
+        found = place["beside"]
+        pack = self.text(place) if self.role.replaces_media else self.packs.read(place["whole"])
+        values = np.frombuffer(self.shards.bytes_at(found), dtype="<u2").reshape(-1, self.width)
         if sum(one.kind == self.medium for one in pack.media) != len(found["items"]):
             raise DataError(f"{self.shards.folder}: pack {place['pack']} has other media now; {self.shards.remedy}")
-        ends = iter(np.cumsum(found["items"]).tolist())
-        reasons = {one["id"]: one["reason"] for one in found["unreadable"]}
+        edges = np.cumsum([0, *found["items"]]).tolist()
+        reasons = {one["item"]: one["reason"] for one in found["unreadable"]}
         media = []
-        start = 0
+        item = 0
         for one in pack.media:
             if one.kind == self.medium:
-                end = next(ends)
-                reason = reasons.pop(pack.segments[one.segment].id, "")  # one says so for all of a segment
-                one = replace(one, features=features[start:end], unreadable=reason)
-                start = end
+                mine: dict[str, Any] = {self.role.name: values[edges[item] : edges[item + 1]]}
+                one = replace(one, **mine, unreadable=reasons.get(item, ""))
+                item += 1
             media.append(one)
         return replace(pack, media=tuple(media))
 
@@ -175,33 +228,35 @@ class FeatureReader:
         self.shards.close()
 
 
-def find(dataset: PackedDataset, tower: Tower) -> Features:
-    """The features of a split by this very tower. Raises `DataError` that says what is there instead."""
-    folder = dataset.folder / f"features-{fingerprint(tower)}"
-    if (folder / ABOUT).exists():
-        return Features(folder, len(dataset))
+def find(dataset: PackedDataset, role: Role, origin: Origin) -> Beside:
+    """The set of a split by this very network. Raises `DataError` that says what is there instead."""
+    folder = role.folder(dataset.folder, origin)
+    if (folder / role.about).exists():
+        return Beside(folder, role, len(dataset))
     if folder.exists():
         raise DataError(f"{folder}: is not whole; `mm data encode` goes on where it stopped")
-    require_any(dataset)
-    others = [json.loads(path.read_text(encoding="utf-8"))["tower"] for path in _sets(dataset.folder)]
-    differs = min((_differences(other, tower) for other in others), key=len)
+    require_any(dataset, role)
+    abouts = [json.loads((one / role.about).read_text(encoding="utf-8")) for one in role.sets(dataset.folder)]
+    differs = min((_what_differs(about, origin) for about in abouts), key=len)
     raise DataError(
-        f"{dataset.folder}: its features are of another tower: {'; '.join(differs)}; make this one's with "
-        "`mm data encode`"
+        f"{dataset.folder}: its {role.name} are of another {role.maker.split()[-1]}: {'; '.join(differs)}; make this "
+        "one's with `mm data encode`"
     )
 
 
-def require_any(dataset: PackedDataset) -> None:
-    """Raise `DataError` for a split without a whole set of features, whatever tower they would have to be of."""
-    if not _sets(dataset.folder):
+def require_any(dataset: PackedDataset, role: Role) -> None:
+    """Raise `DataError` for a split without a whole set, whatever it would have to be of."""
+    if not role.sets(dataset.folder):
         raise DataError(
-            f"{dataset.folder}: has no features of a frozen tower, or none that are whole; make them with "
-            "`mm data encode CONFIG`, or set data.features=false"
+            f"{dataset.folder}: has no {role.name} of {role.maker}, or none that are whole; make them with "
+            f"`mm data encode CONFIG`, or set data.{role.name}=false"
         )
 
 
-def _sets(split: Path) -> list[Path]:
-    return sorted(split.glob(f"features-*/{ABOUT}"))
+def _what_differs(about: dict[str, Any], origin: Origin) -> list[str]:
+    if about["format_version"] != FORMAT_VERSION:
+        return [f"format {about['format_version']} (this version of mm reads {FORMAT_VERSION})"]
+    return _differences(about["origin"], origin)
 
 
 def _differences(have: Any, want: Any, name: str = "") -> list[str]:
@@ -218,24 +273,27 @@ def _differences(have: Any, want: Any, name: str = "") -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Decode:
-    """Reads and decodes some packs; runs in a worker."""
+    """Reads some packs and decodes one medium of theirs; runs in a worker."""
 
     reader: Reader
     settings: RowSettings
+    medium: str
 
     def __call__(self, places: list[dict[str, Any]], allocate: Allocate) -> Rows:
-        return lay_out([self.reader.read(place) for place in places], self.settings, allocate=allocate)
+        packs = [self.reader.read(place) for place in places]
+        packs = [replace(pack, media=tuple(m for m in pack.media if m.kind == self.medium)) for pack in packs]
+        return lay_out(packs, self.settings, allocate=allocate)
 
 
 class Encoding:
-    """Computing the features of one split. Its items are packed shards, each done whole or not at all, so a killed one
-    goes on, and several processes can share the work.
+    """Computing the features or codes of one split. Its items are packed shards, each done whole or not at all, so a
+    killed one goes on, and several processes can share the work.
 
     Args:
         dataset: with its media as they are.
-        width: of the tower's features.
-        encode: runs the tower.
-        about: what `features.json` says besides.
+        width: numbers of a position.
+        encode: runs the network.
+        about: what the set's JSON file says besides.
         workers: processes that decode.
     """
 
@@ -243,22 +301,23 @@ class Encoding:
         self,
         dataset: PackedDataset,
         layout: Layout,
-        tower: Tower,
+        role: Role,
+        origin: Origin,
         width: int,
         encode: Encode,
         about: dict[str, Any],
         workers: int = 0,
         progress: Progress = lambda what, n: None,
     ) -> None:
-        self.dataset, self.tower, self.width = dataset, tower, width
-        self.medium: str = tower["medium"]
-        self.folder = dataset.folder / f"features-{fingerprint(tower)}"
+        self.dataset, self.role, self.origin, self.width = dataset, role, origin, width
+        self.medium: str = origin["medium"]
+        self.folder = role.folder(dataset.folder, origin)
         self._encode, self._about, self._workers, self._progress = encode, about, workers, progress
         self._reader = Reader(dataset.folder)
         self._packs = 0
         # A picture that cannot be read is one of zeros, as in a run; its reason goes along.
-        settings = RowSettings(layout, None, quarantine=True, decoder=tower["decoder"])
-        self._decode = _Decode(self._reader, settings)
+        settings = RowSettings(layout, None, quarantine=True, decoder=origin.get("decoder", "exact"))
+        self._decode = _Decode(self._reader, settings, self.medium)
         self._costs = dataset.index[f"{self.medium}_cost"].to_numpy()
         self._positions = dataset.index[f"{self.medium}_tokens"].to_numpy()
         found = groupby(enumerate(dataset.index["shard"].to_pylist()), key=lambda one: one[1])
@@ -271,11 +330,15 @@ class Encoding:
 
     @property
     def size(self) -> int:
-        """Bytes of all features."""
+        """Bytes of all numbers."""
         return int(self._positions.sum()) * self.width * 2
 
     def finished(self) -> bool:
-        return (self.folder / ABOUT).exists()
+        return (self.folder / self.role.about).exists()
+
+    def unreadable(self) -> int:
+        """Media that could not be decoded, once the set is there."""
+        return int(json.loads((self.folder / self.role.about).read_text(encoding="utf-8"))["unreadable"])
 
     def missing(self) -> int:
         """Bytes that are still to be written."""
@@ -285,16 +348,16 @@ class Encoding:
         return sum(int(self._positions[packs].sum()) for packs in left) * self.width * 2
 
     def run(self, slice: tuple[int, int] = (0, 1)) -> bool:
-        """Do what is not done of slice (i, n); True when the features are there, False while others have work left.
+        """Do what is not done of slice (i, n); True when the set is there, False while others have work left.
 
-        Raises `DataError` when the disk has no room for them.
+        Raises `DataError` when the disk has no room for it.
         """
         if self.finished():
             return True
         missing, free = self.missing(), shutil.disk_usage(self.dataset.folder).free
         if missing > free:
             raise DataError(
-                f"{self.folder}: {decimal(missing)} of features are to be written and the disk has "
+                f"{self.folder}: {decimal(missing)} of {self.role.name} are to be written and the disk has "
                 f"{decimal(free)} left; free some space, or pack onto another disk (data.cache=DIR, or mm pack --out)"
             )
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -335,20 +398,20 @@ class Encoding:
         _, packs = self._shards[number]
         for left in (self.folder / "parts").glob(f".{self._name(number)}.*"):
             left.unlink()  # by a killed process; nobody else writes this shard
-        features = int(self._positions[packs].sum())
+        positions = int(self._positions[packs].sum())
         entries: list[dict[str, Any]] = []
         with atomic(self.folder / self._name(number), self.folder / "parts") as file:
-            at = file.write(_header(self.medium, features, self.width))
+            at = file.write(_header(self.medium, self.role.dtype, positions, self.width))
             for one, data in self._encoded(packs):
                 entries.append({**one, "shard": self._name(number), "offset": at, "length": len(data)})
                 at += file.write(data)
                 self._packs += 1
-                self._progress(f"encoding {self.medium}s of packs", self._packs)
-        assert sum(one["length"] for one in entries) == features * self.width * 2, "one feature a position"
+                self._progress(f"encoding {NAMES[self.medium]} of packs", self._packs)
+        assert sum(one["length"] for one in entries) == positions * self.width * 2, "a row of numbers a position"
         write_part(self._part(number), pa.Table.from_pylist(entries, schema=INDEX))
 
     def _encoded(self, packs: list[int]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Of each pack its entry in the index, but for where its features lie, and those."""
+        """Of each pack its entry in the index, but for where its numbers lie, and those."""
         groups = self._groups(packs)
         made: Any = (
             run_workers(self._decode, groups, self._workers)
@@ -359,32 +422,57 @@ class Encoding:
             for group, rows in made:
                 batch = rows.batch()
                 media = batch.media.get(self.medium)
-                # Position by position, item by item: all of a pack's are beside each other.
-                lengths = [[] for _ in group] if media is None else _by_row(media.row, media.length, len(group))
-                features = np.empty((0, self.width), dtype=np.uint16) if media is None else self._bits(media)
+                values = np.empty((0, self.width), dtype=np.uint16) if media is None else self._bits(media)
+                items, unreadable = self._items(media, batch.bad, len(group))
                 start = 0
-                for place, items, ids in zip(group, lengths, batch.ids, strict=True):
-                    data = features[start : start + sum(items)].tobytes()
-                    start += sum(items)
+                # Position by position, item by item: all of a pack's are beside each other.
+                for place, lengths, reasons in zip(group, items, unreadable, strict=True):
+                    data = values[start : start + sum(lengths)].tobytes()
+                    start += sum(lengths)
                     offset, text = _text_of(self._reader, place)
-                    reasons = {id: reason for id, reason in batch.bad if id in ids and not self._is_dropped(id)}
                     yield (
                         {
                             "pack": place["pack"],
                             "checksum": checksum(data),
-                            "items": items,
+                            "items": lengths,
                             "text_offset": offset,
                             "text_checksum": checksum(text),
-                            "unreadable": [{"id": id, "reason": reason} for id, reason in reasons.items()],
+                            "unreadable": reasons,
                         },
                         data,
                     )
                 del rows, batch, media  # a worker's memory, to be used again
 
+    def _items(
+        self, media: MediaBatch | None, bad: tuple[tuple[str, str], ...], packs: int
+    ) -> tuple[list[list[int]], list[list[dict[str, Any]]]]:
+        """Of each pack the lengths of its items, and which of them could not be read, but for those taken down."""
+        lengths: list[list[int]] = [[] for _ in range(packs)]
+        unreadable: list[list[dict[str, Any]]] = [[] for _ in range(packs)]
+        if media is None:
+            return lengths, unreadable
+        reasons = iter(bad)  # in the order of the items, of which there is one medium
+        each = zip(media.row.tolist(), media.length.tolist(), media.unreadable.tolist(), strict=True)
+        for row, length, is_bad in each:
+            if is_bad:
+                id, reason = next(reasons)
+                if not names_of(id) & self.dataset.dropped:
+                    unreadable[row].append({"item": len(lengths[row]), "id": id, "reason": reason})
+            lengths[row].append(length)
+        return lengths, unreadable
+
     def _bits(self, media: MediaBatch) -> np.ndarray:
-        features = self._encode(media)
-        assert features.shape == (media.positions, self.width) and features.dtype == torch.bfloat16, features.shape
-        return features.contiguous().view(torch.int16).numpy()
+        """[positions, width] uint16."""
+        values = self._encode(media)
+        assert values.shape == (media.positions, self.width), values.shape
+        if self.role == FEATURES:
+            assert values.dtype == torch.bfloat16, values.dtype
+            return values.contiguous().view(torch.int16).numpy().view(np.uint16)
+        codes = values.numpy()
+        assert codes.dtype.kind in "iu" and codes.min() >= 0 and codes.max() < MOST_CODES, "codes are whole numbers"
+        codes = codes.astype(np.uint16)
+        codes[np.repeat(media.unreadable.numpy(), media.length.numpy())] = 0
+        return codes
 
     def _groups(self, packs: list[int]) -> Iterator[list[dict[str, Any]]]:
         group: list[dict[str, Any]] = []
@@ -398,44 +486,34 @@ class Encoding:
         if group:
             yield group
 
-    def _is_dropped(self, id: str) -> bool:
-        return bool(names_of(id) & self.dataset.dropped)
-
     def _finish(self) -> None:
         index = self.folder / "index.parquet"
         join_parts(self.folder, "index", len(self._shards), INDEX, index)
         found = pq.read_table(index)
         about = {
             "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint(self.tower),
+            "fingerprint": fingerprint(self.origin),
             "medium": self.medium,
-            "dtype": "bfloat16",
+            "dtype": self.role.dtype,
             "width": self.width,
             "items": self.items,
-            "features": int(self._positions.sum()),
+            "positions": int(self._positions.sum()),
             "unreadable": sum(map(len, found["unreadable"].to_pylist())),
-            "tower": self.tower,
+            "origin": self.origin,
             **self._about,
         }
-        with atomic(self.folder / ABOUT, self.folder / "parts") as file:
+        with atomic(self.folder / self.role.about, self.folder / "parts") as file:
             file.write(f"{json.dumps(about, indent=2, ensure_ascii=False)}\n".encode())
         fsync(self.folder)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
 
-def _header(name: str, features: int, width: int) -> bytes:
+def _header(name: str, dtype: str, positions: int, width: int) -> bytes:
     """Of a safetensors file with one tensor (huggingface.co/docs/safetensors)."""
-    tensor = {"dtype": "BF16", "shape": [features, width], "data_offsets": [0, features * width * 2]}
+    tensor = {"dtype": dtype, "shape": [positions, width], "data_offsets": [0, positions * width * 2]}
     text = json.dumps({name: tensor}).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text
-
-
-def _by_row(row: Tensor, length: Tensor, rows: int) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in range(rows)]
-    for number, one in zip(row.tolist(), length.tolist(), strict=True):
-        found[number].append(one)
-    return found
 
 
 def _text_of(packs: Reader, place: dict[str, Any]) -> tuple[int, bytes]:
@@ -456,29 +534,34 @@ def _text_of(packs: Reader, place: dict[str, Any]) -> tuple[int, bytes]:
 
 
 def erase(split: Path, packs: list[int], ids: frozenset[str]) -> None:
-    """Overwrite the features of some samples with zeros, in all sets of features beside a split, in the packs that hold
+    """Overwrite the features and codes of some samples with zeros, in all sets beside a split, in the packs that hold
     them and from which they are erased already. Doing it twice gives the same files."""
     dataset, reader = PackedDataset(split), Reader(split)
-    for folder in split.glob("features-*"):
-        if not (folder / ABOUT).exists():
-            shutil.rmtree(folder)  # `mm data encode` begins it anew, without them
-            continue
-        index = pq.read_table(folder / "index.parquet")
-        about, entries = json.loads((folder / ABOUT).read_text()), index.to_pylist()
-        for number in packs:
-            entry, pack = entries[number], dataset.read(number)
-            gone = {n for n, segment in enumerate(pack.segments) if names_of(segment.id) & ids}
-            media = [one for one in pack.media if one.kind == about["medium"]]
-            with open(folder / entry["shard"], "r+b") as file:
-                at = entry["offset"]
-                for one, length in zip(media, entry["items"], strict=True):
-                    if one.segment in gone:
-                        os.pwrite(file.fileno(), bytes(length * about["width"] * 2), at)
-                    at += length * about["width"] * 2
-                os.fsync(file.fileno())
-                entry["checksum"] = checksum(read_range(file, entry["offset"], entry["length"]))
-            entry["text_checksum"] = checksum(_text_of(reader, dataset.place(number))[1])
-        with atomic(folder / "index.parquet") as file:
-            pq.write_table(
-                pa.Table.from_pylist(entries, schema=INDEX), file, compression="zstd", write_page_checksum=True
-            )
+    for role in ROLES:
+        for folder in split.glob(f"{role.name}-*"):
+            if (folder / role.about).exists():
+                _erase(folder, role, dataset, reader, packs, ids)
+            else:
+                shutil.rmtree(folder)  # `mm data encode` begins it anew, without them
+
+
+def _erase(
+    folder: Path, role: Role, dataset: PackedDataset, reader: Reader, packs: list[int], ids: frozenset[str]
+) -> None:
+    about = json.loads((folder / role.about).read_text())
+    entries = pq.read_table(folder / "index.parquet").to_pylist()
+    for number in packs:
+        entry, pack = entries[number], dataset.read(number)
+        gone = {n for n, segment in enumerate(pack.segments) if names_of(segment.id) & ids}
+        media = [one for one in pack.media if one.kind == about["medium"]]
+        with open(folder / entry["shard"], "r+b") as file:
+            at = entry["offset"]
+            for one, length in zip(media, entry["items"], strict=True):
+                if one.segment in gone:
+                    os.pwrite(file.fileno(), bytes(length * about["width"] * 2), at)
+                at += length * about["width"] * 2
+            os.fsync(file.fileno())
+            entry["checksum"] = checksum(read_range(file, entry["offset"], entry["length"]))
+        entry["text_checksum"] = checksum(_text_of(reader, dataset.place(number))[1])
+    with atomic(folder / "index.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(entries, schema=INDEX), file, compression="zstd", write_page_checksum=True)

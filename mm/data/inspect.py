@@ -14,18 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mm.data.audio import decode_audio, planned_samples, probe_audio
+from mm.data.listen import Sound, listen
 from mm.data.media import ImageTransform
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.tokenizer import Tokenizer
 from mm.data.video import decode_video
 from mm.errors import DataError
-from mm.page import histogram, ledger_rows, render, thumbnail
+from mm.page import histogram, ledger_rows, render, seconds_of_samples, thumbnail
 
 NAMES = {"image": "images", "audio": "recordings", "video": "clips"}
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 QUARANTINED_SHOWN = 200
 SMALL = ImageTransform(96, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+SOUND_BYTES = 12_000_000
+"""Of all players of a page, an equal part for every row."""
 
 
 def summary(dataset: PackedDataset) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
         "fill": round(tokens / (len(dataset) * context_length), 6),
         "segments": int(_column(index, "segments").sum()),
         **{name: int(_column(index, kind).sum()) for kind, name in NAMES.items()},
+        "audio_seconds": round(seconds_of_samples(about, int(_column(index, "audio_samples").sum())), 1),
         "loss_tokens": loss_tokens,
         "loss_share": round(loss_tokens / tokens, 6),
         "segment_length": _percentiles(_segment_lengths(dataset)),
@@ -65,7 +68,7 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
         )
     context_length = about["settings"]["context_length"]
     shown = _spread(dataset.source_numbers(), rows)
-    packs = [_Row.of(int(number), dataset, tokenizer) for number in shown]
+    packs = [_Row.of(int(number), dataset, tokenizer, SOUND_BYTES // len(shown)) for number in shown]
     step = 2 ** max(0, int(np.ceil(np.log2(context_length / 8))))
     return render(
         "inspect.html.j2",
@@ -78,7 +81,7 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
         rows=packs,
         kinds=sorted({media.kind for row in packs for media in row.media}),
         ticks=list(range(0, context_length + 1, step)),
-        has_text=tokenizer is not None,
+        has_text=tokenizer is not None and len(tokenizer) > 1,
         lengths=histogram(_segment_lengths(dataset), "Segments by length", "tokens in a segment"),
         fills=histogram(
             _column(dataset.index, "tokens") / context_length,
@@ -104,30 +107,16 @@ def _spread(sources: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _thumbnail(media: PackedMedia) -> str | None:
-    """A picture, the first frame that is seen of a clip, or the wave of a recording; None where it cannot be read."""
+    """A picture, or the first frame that is seen of a clip; None where it cannot be read."""
     if media.kind == "image":
         return thumbnail(media.data, media.ext)
     try:
-        if media.kind == "video":
-            pixels = decode_video(media.data, media.plan["times"][:1], SMALL, "")[0].transpose(1, 2, 0)
-            frame = Image.fromarray((255 * pixels).round().astype(np.uint8))
-        else:
-            span = tuple(media.plan["span"]) if "span" in media.plan else None
-            samples = planned_samples(probe_audio(media.data, "", float("inf")), 8000, span)
-            frame = _wave(decode_audio(media.data, 8000, samples, "", span))
+        pixels = decode_video(media.data, media.plan["times"][:1], SMALL, "")[0].transpose(1, 2, 0)
     except DataError:
         return None
     file = io.BytesIO()
-    frame.save(file, "PNG")
+    Image.fromarray((255 * pixels).round().astype(np.uint8)).save(file, "PNG")
     return thumbnail(file.getvalue(), "png")
-
-
-def _wave(samples: np.ndarray) -> Image.Image:
-    """The loudness of a recording over time, 64 columns wide."""
-    peaks = np.array([np.abs(part).max(initial=0) for part in np.array_split(samples, 64)])
-    heights = peaks / max(float(peaks.max()), 1e-6) * 31
-    rows = np.abs(np.arange(64) - 31.5)[:, None]
-    return Image.fromarray(np.where(rows <= heights + 0.5, 70, 255).astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +136,7 @@ class _Segment:
     loss_tokens: int
     pieces: list[_Piece]
     thumbnails: list[str | None]
+    sounds: list[Sound | None]
 
     @property
     def words(self) -> str:
@@ -162,9 +152,9 @@ class _Medium:
     position: int
     length: int
     room: int
-    """Positions up to the next medium or the row's end: how wide its thumbnail may be."""
-    thumbnail: str | None
-    id: str
+    """How many positions wide its picture may be: up to the next medium or the row's end; a recording's is its own."""
+    picture: str | None
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +171,30 @@ class _Row:
     loss: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, number: int, dataset: PackedDataset, tokenizer: Tokenizer | None) -> "_Row":
+    def of(cls, number: int, dataset: PackedDataset, tokenizer: Tokenizer | None, sound_bytes: int) -> "_Row":
         pack = dataset.read(number)
         context_length = dataset.about["settings"]["context_length"]
-        pictures = [_thumbnail(one) for one in pack.media]
         ends = [*(one.position for one in pack.media[1:]), context_length][: len(pack.media)]
-        media = [
-            _Medium(one.kind, one.position, one.length, end - one.position, uri, pack.segments[one.segment].id)
-            for one, end, uri in zip(pack.media, ends, pictures, strict=True)
-        ]
+        shown: list[str | Sound | None] = []
+        media = []
+        for one, end in zip(pack.media, ends, strict=True):
+            id = pack.segments[one.segment].id
+            if one.kind == "audio":
+                rate = dataset.about["layout"]["audio"]["sampling_rate"]
+                sound = listen(one, rate, one.length / context_length, sound_bytes)
+                sound_bytes -= len(sound.player or "") if sound else 0
+                shown.append(sound)
+                words = f"{id} ({sound.words if sound else 'unreadable'})"
+                drawing = sound.drawing if sound else None
+                media.append(_Medium(one.kind, one.position, one.length, one.length, drawing, words))
+            else:
+                shown.append(uri := _thumbnail(one))
+                media.append(_Medium(one.kind, one.position, one.length, end - one.position, uri, f"{id} ({one.kind})"))
+
+        def of_segment(index: int, audio: bool) -> list[Any]:
+            pairs = zip(pack.media, shown, strict=True)
+            return [it for one, it in pairs if one.segment == index and (one.kind == "audio") == audio]
+
         segments = [
             _Segment(
                 segment.id,
@@ -197,7 +202,8 @@ class _Row:
                 segment.length,
                 sum(stop - start for start, stop in _learned(segment)),
                 [] if tokenizer is None else _pieces(pack, index, tokenizer),
-                [uri for uri, one in zip(pictures, pack.media, strict=True) if one.segment == index],
+                of_segment(index, audio=False),
+                of_segment(index, audio=True),
             )
             for index, segment in enumerate(pack.segments)
         ]
@@ -241,6 +247,7 @@ def _ledger(dataset: PackedDataset) -> list[dict[str, Any]]:
         "segment_tokens": "tokens",
         "loss_tokens": "loss_tokens",
         **{name: name for kind in ("image", "audio", "video") for name in (kind, f"{kind}_tokens")},
+        "audio_samples": "audio_samples",
     }
     sums = dataset.index.group_by("source").aggregate([(column, "sum") for column in names.values()])
     written = {

@@ -113,15 +113,26 @@ class NativeLayout:
 
 @dataclass(frozen=True, slots=True)
 class AudioLayout:
-    """A recording in the row: mono at `sampling_rate` Hz, one position every `hop` samples (at least one)."""
+    """A recording in the row: mono at `sampling_rate` Hz, one position every `hop` samples.
+
+    A position sees `window` samples, all of them there: (samples - window) // hop + 1 positions, as convolutions
+    without padding give. With `window` 0 the last position may be short: ceil(samples / hop), at least one.
+    """
 
     sampling_rate: int
     hop: int
+    window: int = 0
+    alone: bool = False
+    """A sample that is a recording and nothing else is spelt without the template's begin and end of text."""
 
     def count(self, samples: int) -> tuple[int, int]:
-        """(positions in the row, encoder tokens) of so many samples at `sampling_rate`."""
-        positions = max(1, -(-samples // self.hop))
+        """(positions in the row, encoder tokens) of so many samples at `sampling_rate`, at least `window`."""
+        positions = (samples - self.window) // self.hop + 1 if self.window else max(1, -(-samples // self.hop))
         return positions, positions
+
+    def samples(self, positions: int) -> int:
+        """Of the shortest recording that takes so many positions and leaves none short."""
+        return (positions - 1) * self.hop + (self.window or self.hop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,7 @@ class Layout:
             plan, length, cost = self.image.smallest()
             return self.image.shape(plan), length, cost
         if kind == "audio" and self.audio is not None:
-            return (self.audio.hop,), *self.audio.count(self.audio.hop)
+            return (self.audio.samples(1),), *self.audio.count(self.audio.samples(1))
         if kind == "video" and self.video is not None:
             return self.video.shape(), *self.video.count()
         raise ValueError(f"the model takes no {kind}")

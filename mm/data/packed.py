@@ -27,19 +27,22 @@ import pyarrow.parquet as pq
 from mm.data.layout import Layout
 from mm.data.tokens import COSTS, Segment
 from mm.errors import DataError
+from mm.page import seconds_of_samples
 
 if TYPE_CHECKING:
-    from mm.data.features import Features
+    from mm.data.features import Beside
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 OPEN_FILES = 64
 DROPPED = "dropped.txt"
 ABOUT = ("layout", "settings", "packs", "ledger", "provenance")
+TOTALS = ("tokens", "loss_tokens", *COSTS, "audio_samples")
+"""What the index sums over the segments of a pack. Samples of sound are counted at the rate of the layout."""
 INDEX = pa.schema(
     [
         *((name, pa.int64()) for name in ("pack", "visit")),
         *((name, pa.string()) for name in ("source", "shard")),
-        *((name, pa.int64()) for name in ("offset", "length", "segments", "tokens", "loss_tokens", *COSTS)),
+        *((name, pa.int64()) for name in ("offset", "length", "segments", *TOTALS)),
         ("checksum", pa.string()),
     ]
 )
@@ -74,8 +77,10 @@ class PackedMedia:
     plan: dict[str, Any] = field(default_factory=dict)
     features: np.ndarray | None = field(default=None, compare=False)
     """In place of `data` (then empty): what a frozen tower gives for it, [features, D] uint16, the bits of bfloat16."""
+    codes: np.ndarray | None = field(default=None, compare=False)
+    """Beside `data`: what a teacher says of every position, [length, K] uint16."""
     unreadable: str = ""
-    """Why those features are not of a picture."""
+    """Why those features or codes are of nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +298,7 @@ class PackedDataset:
                 "pack it again"
             )
         self.reader: PackReader = Reader(folder)
-        self.features: Features | None = None
+        self.beside: Beside | None = None
         self.dropped = read_ids(folder / DROPPED) if (folder / DROPPED).exists() else frozenset[str]()
 
     def __len__(self) -> int:
@@ -330,7 +335,7 @@ class PackedDataset:
         """Where a pack is, for its `reader`."""
         row = {name: self.index[name][pack].as_py() for name in ("shard", "offset", "length", "checksum")}
         place = {"pack": pack, **row}
-        return place if self.features is None else self.features.place(place)
+        return place if self.beside is None else self.beside.place(place)
 
     def read(self, pack: int) -> Pack:
         """One pack. Raises `DataError` when its bytes are not those that were written."""
@@ -344,14 +349,19 @@ class PackedDataset:
         """One pack as `kept` gives it, for its tokens: its media may be empty."""
         return without(self.reader.text(self.place(pack)), self.dropped, 0)
 
-    def read_features(self, features: "Features | None") -> None:
-        """From now on the media of packs are read as their features; None: as they are."""
-        self.features = features
-        self.reader = Reader(self.folder) if features is None else features.reader(self.folder)
+    def read_beside(self, beside: "Beside | None") -> None:
+        """From now on media are read as their features, or with their codes; None: as they are."""
+        self.beside = beside
+        self.reader = Reader(self.folder) if beside is None else beside.reader(self.folder)
 
     def drop(self, ids: frozenset[str]) -> None:
         """Leave samples out of everything that reads the set for use; the files stay as they are."""
         self.dropped |= ids
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of all recordings, over all visits."""
+        return seconds_of_samples(self.about, sum(counts["audio_samples"] for counts in self.about["ledger"].values()))
 
     def source_numbers(self) -> np.ndarray:
         """Of every pack the number of its source, in the order of the ledger."""

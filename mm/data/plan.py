@@ -115,7 +115,7 @@ def _ledger(name: str, scans: list[Scan], settings: PackSettings) -> dict[str, i
         raise DataError(
             f"source {name}: no usable sample in {len(scans)} shard(s), the first {scans[0].shard}: of "
             f"{ledger['samples']} samples {ledger['quarantined']} are unusable, {ledger['filtered']} left out by "
-            f"`only`, {ledger['too_long']} (counted by visits) too long"
+            f"its settings, {ledger['too_long']} (counted by visits) too long"
         )
     return ledger
 

@@ -32,7 +32,7 @@ from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset
 from mm.data.plan import Plan, Progress, make_plan
 from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote, without_secrets
 from mm.data.scan import PackSettings, Scan, file_state, is_scanned, scan_shard
-from mm.data.shards import Stale, stem
+from mm.data.shards import Stale
 from mm.data.sources import Source
 from mm.data.write import PLAN_ROWS, Scanned, is_written, join_parts, write_shard
 from mm.errors import DataError
@@ -137,14 +137,14 @@ class PackJob:
         return all(map(done, range(count)))
 
     def scan(self, number: int) -> None:
-        source, url = self.shards[number]
-        name = self.sources[source].name
+        which, url = self.shards[number]
+        source = self.sources[which]
         known = self.identities[number]
         with self.cache.fetch(url, known) if is_remote(url) else contextlib.nullcontext(Path(url)) as local:
-            stays = not is_remote(url) and local.suffix == ".tar" and not _is_gzip(local)
+            stays = not is_remote(url) and local.suffix == ".tar" and local.is_file() and not _is_gzip(local)
             scan_shard(
-                self._scan_path(number), self.sources[source], local, _name(url), stays, self.layout, self.settings,
-                lambda samples: self.progress(f"scanning {name}", samples),
+                self._scan_path(number), source, local, source.shard_name(url), stays, self.layout, self.settings,
+                lambda samples: self.progress(f"scanning {source.name}", samples),
             )  # fmt: skip
 
     def write(self, number: int) -> None:
@@ -283,7 +283,7 @@ def _is_packed(folder: Path, fingerprint: str) -> bool:
 
 def _shards_of(source: Source) -> list[str]:
     shards = source.shards()
-    name, times = Counter(map(_name, shards)).most_common(1)[0]
+    name, times = Counter(map(source.shard_name, shards)).most_common(1)[0]
     if times > 1:
         raise DataError(
             f"source {source.name}: {times} shards are called {name}, so their samples would have the same ids; "
@@ -333,11 +333,6 @@ def _local_identity(path: str) -> dict[str, Any]:
 def _file(url: str) -> str:
     """A shard's file name, without what signs a URL."""
     return file_name(url) if is_remote(url) else Path(url).name
-
-
-def _name(url: str) -> str:
-    """What a shard is called in sample ids."""
-    return stem(file_name(url) if is_remote(url) else url)
 
 
 def _is_gzip(path: Path) -> bool:

@@ -125,6 +125,14 @@ class Sample:
 
 def keyed_rng(*key: object) -> np.random.Generator:
     """A random generator that depends on the key alone: not on rank, worker, or what was drawn before."""
+    return np.random.Generator(np.random.PCG64(int.from_bytes(_digest(key, 16), "little")))
+
+
+def keyed_seed(*key: object) -> int:
+    """A seed of 63 bits that depends on the key alone, on all machines alike."""
+    return int.from_bytes(_digest(key, 8), "little") >> 1
+
+
+def _digest(key: tuple[object, ...], size: int) -> bytes:
     plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) is written 3
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return hashlib.blake2b(repr(plain).encode(), digest_size=size).digest()

@@ -56,6 +56,7 @@ SEGMENTS = pa.schema(
         ("id", pa.string()),
         ("visit", pa.int32()),
         *((name, pa.int32()) for name in COUNTED),
+        ("audio_samples", pa.int64()),
         ("media_bytes", pa.int64()),
         ("ids", pa.list_(pa.int32())),
         ("loss", pa.list_(pa.int32())),
@@ -66,6 +67,7 @@ LEDGER = (
     "samples", "filtered", "quarantined", "left_out", "pieces", "too_long", "too_long_tokens", "segments",
     "segment_tokens", "text_tokens",
     *(f"{kind}{what}" for kind in ("image", "audio", "video") for what in ("", "_tokens")),
+    "audio_samples",
     "inserted_tokens", "loss_tokens", "masked_tokens",
 )  # fmt: skip
 
@@ -181,14 +183,16 @@ def _samples(source: Source, local: Path, name: str, limits: Limits) -> Iterator
                 yield f"{source.name}/{name}", group
                 continue
             id = sample_id(source.name, group)
+            is_empty = True
             try:
-                samples = source.samples(group, limits)
+                for sample in source.samples(group, limits):
+                    is_empty = False
+                    yield sample.id, sample if sample.parts else None
             except DataError as error:
                 yield id, error
-                continue
-            yield from ((sample.id, sample) for sample in samples)
-            if not samples:
-                yield id, None
+            else:
+                if is_empty:
+                    yield id, None
 
 
 def _segments(
@@ -247,6 +251,7 @@ def counts_of(segment: Segment) -> dict[str, int]:
         "loss_tokens": segment.loss_tokens,
         "inserted_tokens": segment.inserted,
         **costs_of(segment.media),
+        "audio_samples": sum(one.plan["samples"] for one in segment.media if one.kind == "audio"),
     }
 
 

@@ -17,7 +17,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Protocol
@@ -145,7 +145,7 @@ class Group:
 
     shard: "Shard"
     key: str
-    members: dict[str, Extent | bytes]
+    members: Mapping[str, Extent | Placed | bytes]
     fields: dict[str, Any] | None = None
 
     def read(self, ext: str) -> bytes:
@@ -182,27 +182,35 @@ def expand(path: str, root: str = "") -> list[str]:
     """
     if path.startswith("pipe:"):
         raise DataError(f"{path}: pipe: URLs run shell commands and are refused; give the files themselves")
-    text = _in_root(path, root)
+    text = in_root(path, root)
     if text.startswith("builtin:"):
         name, _, rest = text.removeprefix("builtin:").partition("/")
         try:
             text = str(builtin.folder(name) / rest)
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
-    alternatives = [
-        [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)] for low, high in RANGE.findall(text)
+    found = [
+        shard for one in counted_out(text) for shard in (expand_remote(one) if is_remote(one) else _local(one, path))
     ]
-    pieces = RANGE.split(text)[::3]
-    found: list[str] = []
-    for choice in itertools.product(*alternatives):
-        one = "".join(a + b for a, b in itertools.zip_longest(pieces, choice, fillvalue=""))
-        found += expand_remote(one) if is_remote(one) else _local(one, path)
     if not found:
         raise DataError(f"{path}: no shard matches (a range counts from the smaller to the larger number)")
     return found
 
 
-def _in_root(path: str, root: str) -> str:
+def counted_out(path: str) -> list[str]:
+    """`a{08..10}` as a08, a09, a10; a path without ranges as it is."""
+    alternatives = [
+        [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)] for low, high in RANGE.findall(path)
+    ]
+    pieces = RANGE.split(path)[::3]
+    return [
+        "".join(a + b for a, b in itertools.zip_longest(pieces, choice, fillvalue=""))
+        for choice in itertools.product(*alternatives)
+    ]
+
+
+def in_root(path: str, root: str) -> str:
+    """The path with `{root}` and `~` filled in."""
     if "{root}" in path and not root:
         raise DataError(f"{path}: data.root is not set; give it, or a path without {{root}}")
     return os.path.expanduser(path.replace("{root}", root))
@@ -504,7 +512,7 @@ def folders_with(suffix: str, path: str, root: str = "") -> list[str]:
     """The folders, in and below those that a path names (see `expand`), that hold files whose names end so."""
     found = [
         folder
-        for top in sorted(glob.glob(_in_root(path, root)))
+        for top in sorted(glob.glob(in_root(path, root)))
         for folder, _, names in os.walk(top)
         if any(name.endswith(suffix) for name in names)
     ]

@@ -20,8 +20,9 @@ from pydantic import Field, field_validator
 from mm.data.audio import AUDIO_EXTENSIONS
 from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS, probe_image
+from mm.data.remote import file_name, is_remote
 from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Text, Tokens
-from mm.data.shards import Group, Shard, expand, open_shard
+from mm.data.shards import Group, Shard, expand, open_shard, stem
 from mm.data.tables import TokenFile, sniff
 from mm.data.video import VIDEO_EXTENSIONS
 from mm.errors import DataError
@@ -40,16 +41,23 @@ class Source(Protocol):
 
     name: str
     elsewhere: tuple[str, ...]
-    """Where its samples find what is not in the shards, as absolute paths: part of what names a packed set."""
+    """Where its samples find what is not in the shards, as absolute paths or digests: part of a packed set's name."""
 
     def shards(self) -> list[str]: ...
+
+    def shard_name(self, path: str) -> str:
+        """What a shard is called in sample ids, no two alike."""
+        ...
 
     def open(self, path: str, limits: Limits) -> Shard:
         """The shard in a local file."""
         ...
 
-    def samples(self, group: Group, limits: Limits) -> list[Sample]:
-        """The samples in one group, in a fixed order. Raises `DataError` for one that cannot be used."""
+    def samples(self, group: Group, limits: Limits) -> Iterable[Sample]:
+        """The samples in one group, in a fixed order. One without parts is left out, and so is a group without samples.
+
+        Raises `DataError` for one that cannot be used, perhaps behind others that can.
+        """
         ...
 
 
@@ -76,6 +84,9 @@ class FilesSource:
 
     def shards(self) -> list[str]:
         return expand(self._path, self._root)
+
+    def shard_name(self, path: str) -> str:
+        return stem(file_name(path) if is_remote(path) else path)
 
     def open(self, path: str, limits: Limits) -> Shard:
         return open_shard(path, limits)
@@ -422,6 +433,7 @@ SOURCES = Kinds(
         "conversations": "mm.data.conversations:ConversationsConfig",
         "text": "mm.data.sources:TextConfig",
         "audio": "mm.data.sources:AudioConfig",
+        "recordings": "mm.data.recordings:RecordingsConfig",
         "video": "mm.data.sources:VideoConfig",
         "tokens": "mm.data.sources:TokensConfig",
     },

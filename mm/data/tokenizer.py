@@ -1,8 +1,8 @@
-"""Tokenizers by folder, hub name or `builtin:NAME`."""
+"""Tokenizers by folder, hub name or `builtin:NAME`; of the labels of a classifier, and none at all."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import tokenizers
 from mm.data import builtin
 from mm.errors import DataError
 
+PAD = "<pad>"
+"""The one token of `builtin:none`, and the first of labels."""
+
 
 class Tokenizer:
     """A `tokenizers` tokenizer by folder, hub name, or `builtin:NAME`; plain text only ever gives plain tokens.
 
-    A caption that happens to contain `<|im_end|>` is encoded as those characters, not as the special token.
+    `builtin:none` is for models without text: one token, of padding. A caption that happens to contain
+    `<|im_end|>` is encoded as those characters, not as the special token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
@@ -24,6 +28,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._takes_text = backend.get_vocab_size(with_added_tokens=False) > 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -35,6 +40,8 @@ class Tokenizer:
 
         Raises `DataError` where there is none, or none that can be read.
         """
+        if name == "builtin:none":
+            return cls.of_labels((*added,), name)
         file = _tokenizer_file(name)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -44,14 +51,26 @@ class Tokenizer:
         backend.add_special_tokens(missing)
         return cls(backend, name)
 
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], name: str = "labels") -> "Tokenizer":
+        """One special token for every label, in order, behind `<pad>`, which is 0. It takes no text."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.add_special_tokens([PAD, *labels])
+        return cls(backend, name)
+
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_placed(text)[0]
 
     def encode_placed(self, text: str) -> tuple[list[int], Callable[[], list[int]]]:
         """`encode(text)`, and a function that gives the character that every token starts at, worked out when asked."""
+        if not self._takes_text:
+            raise DataError(
+                f"tokenizer {self.name}: the model takes no text, found {text[:40]!r}; use a source without, such as "
+                '`recordings`, or set its `caption: ""`'
+            )
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, lambda: [start for start, _ in encoding.offsets]
 
@@ -63,6 +82,8 @@ class Tokenizer:
 
     def id(self, token: str) -> int:
         found = self._backend.token_to_id(token)
+        if found is None and not self._takes_text:
+            raise DataError(f"no label {token!r} among the {len(self) - 1} of the model; leave it out or add it")
         if found is None:
             raise DataError(
                 f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens, or, for a "

@@ -201,7 +201,11 @@ def read_units(
             one = _probe(part, layout, where, limits)
             units.append(Unit(np.full(one.length, layout.pad, dtype=np.int32), False, media=one))
         elif isinstance(part, Special):
-            units.append(Unit(np.array([layout.tokenizer.id(part.token)], dtype=np.int32), part.loss, inserted=True))
+            try:
+                ids = [layout.tokenizer.id(part.token)]
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            units.append(Unit(np.array(ids, dtype=np.int32), part.loss, inserted=True))
         elif isinstance(part, Tokens):
             if len(part.ids) and (part.ids.min() < 0 or part.ids.max() >= len(layout.tokenizer)):
                 raise DataError(
@@ -220,6 +224,8 @@ def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool)
     if is_chat(parts):
         return _text_runs(spell(parts, layout, where, closed), "")
     template = layout.template
+    if layout.audio and layout.audio.alone and all(isinstance(p, Media) and p.kind == "audio" for p in parts):
+        return _text_runs(parts, "")
     spelt = _text_runs(parts, template.after_media)
     if closed and template.eos is not None:
         # The end of text is learned where the last text is.
@@ -238,6 +244,11 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
     if media.kind == "audio" and layout.audio is not None:
         header = probe_audio(media.open(), where, limits.seconds)
         samples = planned_samples(header, layout.audio.sampling_rate, media.span, where)
+        if samples < layout.audio.window:
+            raise DataError(
+                f"{where}: {samples} samples at {layout.audio.sampling_rate} Hz are less than the "
+                f"{layout.audio.window} that the model takes at once; leave such recordings out"
+            )
         length, cost = layout.audio.count(samples)
         plan = {"samples": samples, **({"span": list(media.span)} if media.span else {})}
         return SegmentMedia(media.kind, 0, length, cost, media, plan)

@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm.data.packed import INDEX, OPEN_FILES, Recent, checksum, join_segments, members_of, read_range
+from mm.data.packed import INDEX, OPEN_FILES, TOTALS, Recent, checksum, join_segments, members_of, read_range
 from mm.data.plan import Plan
 from mm.data.sample import Media
 from mm.data.scan import COUNTED, Scan
 from mm.data.shards import Placed
-from mm.data.tokens import COSTS, Segment, SegmentMedia
+from mm.data.tokens import Segment, SegmentMedia
 from mm.errors import DataError
 from mm.files import atomic
 
@@ -33,6 +33,7 @@ PLAN_ROWS = pa.schema(
         ("visit", pa.int32()),
         *((name, pa.string()) for name in ("source", "id", "shard")),
         *((name, pa.int32()) for name in COUNTED),
+        ("audio_samples", pa.int64()),
         ("media", pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))),
     ]
 )
@@ -63,7 +64,7 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
                 start = tar.offset
                 _add(tar, f"{pack:08d}", members_of(made))
                 place = {"pack": pack, "shard": name, "offset": start, "length": tar.offset - start}
-                totals = {column: sum(row[column] for row in segments) for column in ("tokens", "loss_tokens", *COSTS)}
+                totals = {column: sum(row[column] for row in segments) for column in TOTALS}
                 one = {"visit": segments[0]["visit"], "source": segments[0]["source"], "segments": len(segments)}
                 entries.append({**place, **one, **totals})
         file.flush()

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS
 from mm.data.sample import Media
-from mm.data.shards import Extent, expand
+from mm.data.shards import Extent, Placed, expand
 from mm.data.sources import read_json, shortened
 from mm.data.tables import open_table, sniff
 from mm.errors import DataError
@@ -54,7 +54,7 @@ class Row:
     fields: dict[str, Any]
     images: tuple[Path, ...]
     """Folders in which pictures are looked for."""
-    members: Mapping[str, Extent | bytes] = field(default_factory=dict)
+    members: Mapping[str, Extent | Placed | bytes] = field(default_factory=dict)
 
     @property
     def where(self) -> str:

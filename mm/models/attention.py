@@ -1,4 +1,4 @@
-"""Packed attention: many documents in one row, none sees another.
+"""Packed attention: many documents in one row, none sees another; causal, or bidirectional (encoders).
 
 Registered once with transformers' AttentionInterface under `mm_packed`, so every causal language model with standard
 attention takes packed rows. Which positions belong together travels as an explicit keyword argument, `packing`, through
@@ -6,9 +6,11 @@ the model into the attention of each layer, and is therefore there again when a 
 
 Three implementations of one function, equal in outputs and gradients (tests/models/test_attention.py):
 
-- segments (CPU): segments of like length are gathered into padded groups, each one causal SDPA call. Padding goes to
-  the right, where a causal query never looks, so this is exact; grouping by length keeps the padding under a third.
-- flex (GPU): `flex_attention` with a block mask from the segment numbers; not seen running on a GPU yet.
+- segments (CPU): segments of like length are gathered into padded groups, each one SDPA call. Padding goes to the
+  right, where a causal query never looks and others are kept from looking by a mask, so this is exact; grouping by
+  length keeps the padding under a third.
+- flex (GPU, without dropout): `flex_attention` with a block mask from the segment numbers; not seen running on a GPU
+  yet.
 - dense: SDPA under a full [N, N] mask: the reference.
 """
 
@@ -29,11 +31,13 @@ GROWTH = 1.3  # lengths within this factor share a group
 class Packing:
     """Which of N flat positions attend to each other.
 
-    scope: int64 [N], equal numbers attend causally; 0 is padding, which attends to nothing and gives zeros.
+    scope: int64 [N], equal numbers attend to each other; 0 is padding, which attends to nothing and gives zeros.
+    causal: to what stands before alone, or to what stands behind as well.
     """
 
     scope: Tensor
     implementation: str
+    causal: bool = True
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor]]:
@@ -68,20 +72,21 @@ class Packing:
     def dense_mask(self) -> Tensor:
         """bool [N, N]: query i may look at key j."""
         n = len(self.scope)
-        same = self.scope[:, None] == self.scope[None, :]
+        same = (self.scope[:, None] == self.scope[None, :]) & (self.scope > 0)[:, None]
         past = torch.arange(n, device=self.scope.device)
-        return same & (past[:, None] >= past[None, :]) & (self.scope > 0)[:, None]
+        return same & (past[:, None] >= past[None, :]) if self.causal else same
 
     @cached_property
     def block_mask(self) -> Any:
         """flex_attention's mask, made once a batch."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        scope = self.scope
+        scope, causal = self.scope, self.causal
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = (scope[q] == scope[k]) & (scope[q] > 0)
             # A padding query sees itself, so that its row of scores is not empty; its output is zeroed afterwards.
-            return ((scope[q] == scope[k]) & (scope[q] > 0) & (q >= k)) | (q == k)
+            return (same & (q >= k) if causal else same) | (q == k)
 
         # Compiled, the mask is made block by block; eagerly all N x N positions would be there at once.
         n, on_gpu = len(scope), scope.is_cuda
@@ -93,18 +98,21 @@ def choose_implementation(device: torch.device) -> str:
     return "flex" if device.type == "cuda" else "segments"
 
 
-def packing(segment_ids: Tensor, isolate_segments: bool = True, implementation: str | None = None) -> Packing:
+def packing(
+    segment_ids: Tensor, isolate_segments: bool = True, implementation: str | None = None, causal: bool = True
+) -> Packing:
     """The scope of every position of flattened rows.
 
     Args:
         segment_ids: [B, L], 0 = padding.
         isolate_segments: False lets a row's segments see those before them (Open-Qwen2VL's published training).
+        causal: False lets every position of a segment see all of it.
     """
     rows, length = segment_ids.shape
     number = segment_ids.long() if isolate_segments else (segment_ids > 0).long()
     row = torch.arange(rows, device=segment_ids.device)[:, None]
     scope = torch.where(number > 0, row * (length + 1) + number, 0).reshape(-1)
-    made = Packing(scope, implementation or choose_implementation(segment_ids.device))
+    made = Packing(scope, implementation or choose_implementation(segment_ids.device), causal)
     if made.implementation == "flex":
         made.block_mask  # noqa: B018  made here, once: torch.compile cannot trace the cache from inside a layer
     return made
@@ -118,7 +126,7 @@ def packed_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention inside each scope.
+    """Attention inside each scope.
 
     Args:
         query: [1, H, N, D]; key, value: [1, H_kv, N, D], H a multiple of H_kv.
@@ -128,7 +136,9 @@ def packed_attention(
     """
     # Under autocast rotary embeddings leave float32 queries and keys beside bfloat16 values.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return IMPLEMENTATIONS[packing.implementation](query, key, value, packing, scale, dropout)
+    # flex_attention has no dropout.
+    implementation = "segments" if dropout and packing.implementation == "flex" else packing.implementation
+    return IMPLEMENTATIONS[implementation](query, key, value, packing, scale, dropout)
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout: float) -> Tensor:
@@ -138,11 +148,14 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | 
         return (out + 0.0 * (q.sum() + k.sum() + v.sum())).transpose(0, 1)[None]
     for positions, real in packing.groups:
         part_q, part_k, part_v = (x[0][:, positions].transpose(0, 1) for x in (q, k, v))  # s h m d
+        # A causal query never looks at the padding to its right; others have to be kept from it, where there is any.
+        mask = None if packing.causal or bool(real.all()) else real[:, None, None, :]
         part = F.scaled_dot_product_attention(
             part_q,
             part_k,
             part_v,
-            is_causal=True,
+            mask,
+            is_causal=packing.causal,
             scale=scale,
             dropout_p=dropout,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -152,8 +165,6 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | 
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout: float) -> Tensor:
-    if dropout:
-        raise ValueError("flex_attention has no dropout; set the language model's attention_dropout to 0")
     from torch.nn.attention.flex_attention import flex_attention
 
     run = _compiled(flex_attention) if q.is_cuda else flex_attention

@@ -11,7 +11,7 @@ from mm.errors import ConfigError
 from mm.settings import Kinds, KindSection, Number, Section
 
 if TYPE_CHECKING:
-    from mm.data.layout import Layout
+    from mm.data.layout import AudioLayout, Layout
     from mm.data.media import ImageTransform
     from mm.data.tokenizer import Tokenizer
     from mm.models.system import System
@@ -103,6 +103,72 @@ class VisionConfig(Section):
 
         size = self.image_size if self.resize == "square" else Native(self.patch, self.max_patches or self.patches)
         return ImageTransform(size, self.mean, self.std, self.crop, self.flip)
+
+
+MERT_95M: dict[str, Any] = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "do_stable_layer_norm": False, "hidden_dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.1, "layerdrop": 0.05,
+}  # fmt: skip
+"""Of MERT-v1-95M's config.json, what is read here or is not as in transformers' HubertConfig."""
+
+
+class AudioEncoderConfig(Section):
+    """An encoder of sound with the structure of HuBERT, as MERT is."""
+
+    config: dict[str, Any] = {}
+    """Fields of transformers' HubertConfig over those of MERT-v1-95M: `{hidden_size: 192, num_hidden_layers: 4, …}`.
+    `do_stable_layer_norm: true` puts norms before the layers, as in MERT-v1-330M. `feature_extractor_cqt: true`, of
+    MERT's own config, lets it read a constant-Q transform too (`feature_extractor_cqt_bins`, 336). Those of masking
+    (`mask_time_prob`, …) have no effect."""
+    sampling_rate: int = Field(default=24_000, ge=1)
+    """Hz of the recordings that the encoder takes."""
+    normalize: bool = False
+    """Bring every clip to zero mean and unit variance first. MERT was trained without; its released
+    preprocessor_config.json says `do_normalize: false` in one revision and true in another."""
+
+    @model_validator(mode="after")
+    def _takes_packed_clips(self) -> "AudioEncoderConfig":
+        values = self.values
+        if len({len(values[name]) for name in ("conv_dim", "conv_kernel", "conv_stride")}) != 1:
+            raise ValueError("config.conv_dim, conv_kernel and conv_stride: expected one number for each convolution")
+        if values.get("conv_pos_batch_norm"):
+            raise ValueError("config.conv_pos_batch_norm: a clip would depend on the others of its micro-batch")
+        if values.get("deepnorm"):
+            raise ValueError("config.deepnorm: no published MERT has it, and it is not implemented")
+        return self
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """`config` over MERT-v1-95M's."""
+        return {**MERT_95M, **self.config}
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return math.prod(self.values["conv_stride"])
+
+    @property
+    def window(self) -> int:
+        """Samples that one frame is made from."""
+        kernels, strides = self.values["conv_kernel"], self.values["conv_stride"]
+        return 1 + sum((kernel - 1) * math.prod(strides[:number]) for number, kernel in enumerate(kernels))
+
+    @property
+    def cqt_bins(self) -> int:
+        """Bins of the constant-Q transform that is read beside the waveform; 0 where none is."""
+        return self.values.get("feature_extractor_cqt_bins", 336) if self.values.get("feature_extractor_cqt") else 0
+
+    def frames(self, samples: int) -> int:
+        """Of a clip; below 1 where it is shorter than `window`."""
+        return (samples - self.window) // self.hop + 1
+
+    def layout(self) -> "AudioLayout":
+        """What data must know: a position of the row for every frame."""
+        from mm.data.layout import AudioLayout
+
+        return AudioLayout(self.sampling_rate, self.hop, self.window, alone=True)
 
 
 class PoolMLPConfig(KindSection):
@@ -295,6 +361,9 @@ SYSTEMS = Kinds(
     {
         "open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig",
         "text_lm": "mm.models.systems.text_lm.config:TextLMConfig",
+        "mert": "mm.models.systems.mert.config:MertConfig",
+        "tagger": "mm.models.systems.tagger.config:TaggerConfig",
+        "joint": "mm.models.systems.joint.config:JointConfig",
         "layout": "mm.models.config:LayoutConfig",
     },
 )

@@ -1,5 +1,6 @@
 """Objectives as pure functions: they return losses term by term, and the trainer divides by global counts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,28 @@ def linear_cross_entropy_losses(hidden: Tensor, weight: Tensor, bias: Tensor | N
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())
     return losses
+
+
+def code_losses(
+    queries: Tensor, codebooks: Sequence[Tensor], codes: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """-log p of the codes of K codebooks, p being a softmax over cosines (HuBERT, 2106.07447, section II-B).
+
+    Args:
+        queries: [M, K, d]; codebooks: the embeddings of each, [V_k, d]; codes: int64 [M, K].
+        temperature: what cosines are divided by.
+
+    Returns:
+        In nats, float32 [M], the sum over codebooks; and whether each code is the most likely one, bool [M, K]. All in
+        float32, whatever autocast says.
+    """
+    losses, right = queries.new_zeros(len(queries), dtype=torch.float32), []
+    with torch.autocast(queries.device.type, enabled=False):
+        for query, embeddings, code in zip(queries.unbind(1), codebooks, codes.unbind(1), strict=True):
+            cosines = F.normalize(query.float(), dim=1) @ F.normalize(embeddings.float(), dim=1).T
+            losses = losses + next_token_losses(cosines / temperature, code)
+            right.append(cosines.detach().argmax(1) == code)
+    return losses, torch.stack(right, dim=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

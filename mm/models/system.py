@@ -21,7 +21,8 @@ class Output:
     All have the same names for every batch, whatever is in it: ranks add them up by their place.
 
     `rows`: of objectives that can tell, the loss of each row of the batch [B], for logging by source. `features`: of a
-    `PooledSystem`, what its pooled objectives are computed from.
+    `PooledSystem`, what its pooled objectives are computed from. `predictions`: in evaluation, what `System.scores` is
+    to be given of each item, [n, …].
     """
 
     losses: dict[str, Tensor]
@@ -29,6 +30,7 @@ class Output:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
 
 
 class System(nn.Module):
@@ -39,6 +41,19 @@ class System(nn.Module):
     """
 
     weights: dict[str, float]
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Objectives whose counts say how many positions are learned; the others look at the same ones again."""
+        return (next(iter(self.weights)),)
+
+    def counted_by(self, metric: str) -> str:
+        """The objective whose count is a batch's weight in the mean of a metric."""
+        return next(iter(self.weights))
+
+    def scores(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers that are no means over batches, from the predictions of a whole split, in host memory."""
+        return {}
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         """N_k of a batch: a pure function of it, asked for before the first forward of a step."""

@@ -84,8 +84,10 @@ def estimate(config: Run, ranks: int = 1, utilisation: float = 0.4) -> dict[str,
         "packs": {"from": packs.origin, "worst": packs.describe(model.worst(train, ranks))},
         "rows_per_step": model.rows,
         "tokens_per_step": {name: round(count * model.rows) for name, count in packs.tokens.items()},
+        "audio_seconds_per_step": _seconds(layout, packs.tokens.get("audio", 0.0) * model.rows),
         "steps": steps,
         "flops_per_step": flops,
+        "not_counted": _not_counted(config, packs),
         "engine": train.engine.kind,
         "ranks": ranks,
         "memory": {kind: round(count) for kind, count in {**memory, "total": on_gpu(memory)}.items()},
@@ -100,6 +102,19 @@ def _check(train: TrainConfig, ranks: int) -> None:
         raise ConfigError(f"train.engine.kind single is for one process, not {ranks}; set fsdp or deepspeed")
     if engine.kind == "fsdp" and ranks % (engine.shard_size or ranks):
         raise ConfigError(f"train.engine.shard_size {engine.shard_size} does not divide {ranks} processes")
+
+
+def _seconds(layout: Layout, frames: float) -> float:
+    """Of sound in so many positions."""
+    audio = layout.audio
+    return frames * audio.hop / audio.sampling_rate if audio else 0.0
+
+
+def _not_counted(config: Run, packs: Packs) -> list[str]:
+    """What a step does beside all that is counted here."""
+    if packs.codebooks and not config.data.codes:
+        return ["the teacher that gives codes, its FLOPs and memory; with data.codes=true it does not run"]
+    return []
 
 
 def usable(gib: int) -> float:
@@ -117,16 +132,23 @@ def show(found: dict[str, Any]) -> Group:
     for part, counts in found["parameters"].items():
         parameters.add_row(part, f"{counts['total']:,}", f"{counts['trained']:,}")
     tokens, flops, steps = found["tokens_per_step"], found["flops_per_step"], found["steps"]
-    media = ", ".join(f"{name} {count:,}" for name, count in tokens.items() if name not in ("loss", "padding"))
+    heard = found["audio_seconds_per_step"]
+    media = ", ".join(
+        f"{name} {count:,}" for name, count in tokens.items() if name not in ("loss", "padding") and count
+    )
+    learned = f"; {tokens['loss']:,} of them learned" if tokens["loss"] else ""
     unpacked = found["packs"]["from"] == "budgets"
     here = "the fullest pack allowed; nothing is packed yet" if unpacked else found["packs"]["from"]
     step = _table("a step", "")
-    step.add_row("tokens", f"{media}; {tokens['loss']:,} of them learned, and {tokens['padding']:,} of padding")
+    step.add_row("tokens", f"{media}{learned}, and {tokens['padding']:,} of padding")
+    if heard:
+        step.add_row("sound", f"{heard:,.1f} s, {tokens['audio'] / heard:,.4g} positions a second")
     step.add_row("FLOPs", ", ".join(f"{phase} {_short(count)}" for phase, count in flops.items() if count))
     step.add_row("rows", f"{found['rows_per_step']:,}, of {here}")
     if steps:
         every = sum(count for name, count in tokens.items() if name not in ("loss", "padding"))
         total = f"{_short(steps * every)} tokens, {_short(steps * flops['total'])} FLOPs"
+        total += f", {steps * heard / 3600:,.1f} h of sound" if heard else ""
         step.add_row("steps", f"{steps:,}: {total}")
     else:
         step.add_row("steps", "not known before the data is packed; mm pack does it, or set train.max_steps")
@@ -145,6 +167,7 @@ def show(found: dict[str, Any]) -> Group:
     lines = [Text(f"\nto fit on {', '.join(names)}:\n     {text}") for text, names in remedies.items()]
     if steps and found["gpus"][0]["hours"] is None:
         lines.append(Text("\nhours are known for train.precision=bf16 alone"))
+    lines += [Text(f"\nnot counted: {what}") for what in found["not_counted"]]
     return Group(parameters, "", step, "", memory, Text(f"worst micro-batch: {worst}"), "", gpus, *lines)
 
 

@@ -1,5 +1,6 @@
 """What was learned, measured on held-out data.
 
+- of a system that writes no text: the mean of each of its objectives, and of its metrics;
 - of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
 - caption loss: nats per learned token, against the unigram baseline and the same model with the pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
@@ -29,6 +30,45 @@ from mm.models.system import GenerativeSystem
 from mm.train.engines.single import SingleEngine
 
 UNIGRAM_PACKS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Over held-out data: of each objective, of each metric, and the weighted sum of all objectives, which is what
+    training lowers. Among the metrics are the system's scores, which are no means. Of what has no terms there is none.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) -> Means:
+    """Over the batches of all ranks, which have to be equally many on each."""
+    system, world = engine.system, engine.world
+    sums, counts = dict.fromkeys(system.weights, 0.0), dict.fromkeys(system.weights, 0.0)
+    metrics: dict[str, float] = defaultdict(float)
+    seen: list[dict[str, Tensor]] = []
+    for batch in batches:
+        if world.ranks > 1:
+            batch = with_dummies(batch, layout)
+        output = engine.forward(batch.to(engine.device))
+        for name in system.weights:
+            sums[name] += float(output.losses[name])
+            counts[name] += float(output.counts[name])
+        for name, value in output.metrics.items():
+            metrics[name] += float(value) * float(output.counts[system.counted_by(name)])
+        seen.append({name: value.float().cpu() for name, value in output.predictions.items()})
+    found = iter(world.sum([*sums.values(), *counts.values(), *metrics.values()]))
+    losses, counts, metrics = ({name: next(found) for name in names} for names in (sums, counts, metrics))
+    losses = {name: total / counts[name] for name, total in losses.items() if counts[name]}
+    weighed = {name: counts[system.counted_by(name)] for name in metrics}
+    metrics = {name: total / weighed[name] for name, total in metrics.items() if weighed[name]}
+    everyone = [one for rank in world.gather(seen) for one in rank]
+    predictions = {name: torch.cat([one[name] for one in everyone]) for name in everyone[0]}
+    loss = sum(system.weights[name] * mean for name, mean in losses.items())
+    return Means(loss, losses, metrics | system.scores(predictions))
 
 
 @torch.no_grad()
@@ -297,6 +337,10 @@ def final_evaluation(
             stop()
             yield batch
 
+    if not isinstance(engine.system, GenerativeSystem):
+        found = means(engine, layout, batches())
+        engine.system.train()
+        return {"test_loss": found.loss, **{f"test_{name}": v for name, v in {**found.losses, **found.metrics}.items()}}
     loss = caption_loss(engine, layout, batches())
     result: dict[str, Any] = {
         "unigram_loss": unigram_loss(train, test, len(layout.tokenizer)),

@@ -1,16 +1,17 @@
-"""Frozen towers that need not run: their features are computed ahead, and training reads those.
+"""Frozen networks that need not run in training: what they say is computed ahead, and training reads it.
 
-`encode` is `mm data encode`: it runs the tower of each stage over the splits that the stage reads. `Aside` is what
-remains of the tower in a run on features: out of the system, on the CPU, never run in training. It is held against the
-fingerprint of the features before the first step, and goes into every checkpoint, which is therefore as whole as
-another run's.
+`encode` is `mm data encode`: it runs the tower, or the teacher, of each stage over the splits that the stage reads.
+`Aside` is what remains of a tower in a run on its features: out of the system, on the CPU, never run in training. It is
+held against the fingerprint of the features before the first step, and goes into every checkpoint, which is therefore
+as whole as another run's. A teacher is no part of the system, and nothing remains of it: `attach_codes` holds it
+against the fingerprint of its codes.
 """
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +19,28 @@ from torch import Tensor, nn
 
 from mm.data.batch import MediaBatch
 from mm.data.config import Split
-from mm.data.features import Encode, Encoding, describe, find, medium_of
+from mm.data.features import (
+    CODES,
+    FEATURES,
+    MOST_CODES,
+    NAMES,
+    Encode,
+    Encoding,
+    Role,
+    describe,
+    digest_tensors,
+    find,
+    medium_of,
+    require_same_each_time,
+)
 from mm.data.layout import Layout
 from mm.data.media import Decoder
 from mm.data.packed import PackedDataset
 from mm.data.prepare import open_splits
 from mm.errors import ConfigError
 from mm.models.system import GenerativeSystem, System, Tower
+from mm.models.teachers import Teacher, require_rate
+from mm.models.teachers.config import teacher_of
 from mm.train import checkpoint
 from mm.train.config import ParamRule, Run
 from mm.train.distributed import resolve_device
@@ -65,9 +81,8 @@ class Aside:
 
     def attach(self, splits: dict[Split, PackedDataset], layout: Layout, run: Run) -> None:
         """Let splits be read with the features of this tower. Raises `DataError` where a split has none."""
-        weights = digest(self.module)
-        for split, dataset in splits.items():
-            dataset.read_features(find(dataset, _described(run, split, layout, self.medium, self.tower, weights)))
+        settings = _of_tower(self.tower, run)
+        _attach(splits, layout, run, FEATURES, self.medium, settings, digest(self.module))
 
     @contextlib.contextmanager
     def back_in(self, system: System, device: torch.device) -> Iterator[None]:
@@ -81,6 +96,37 @@ class Aside:
             self.module.to("cpu")
 
 
+def attach_codes(splits: dict[Split, PackedDataset], layout: Layout, run: Run) -> None:
+    """Let splits be read with the codes of the run's teacher.
+
+    Raises `ConfigError` where it has none that fits, and `DataError` where a split has no codes of it.
+    """
+    teacher = _teacher(run, layout)
+    settings, weights = _of_teacher(teacher)
+    _attach(splits, layout, run, CODES, teacher.medium, settings, weights)
+
+
+def _attach(
+    splits: dict[Split, PackedDataset], layout: Layout, run: Run, role: Role, medium: str, settings: dict[str, Any],
+    weights: str,
+) -> None:  # fmt: skip
+    for split, dataset in splits.items():
+        origin = describe(layout, medium, _decoder(run, split), settings, weights)
+        dataset.read_beside(find(dataset, role, origin))
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """A tower or a teacher that is to be run over media; see `describe` for `settings` and `weights`."""
+
+    role: Role
+    medium: str
+    width: int
+    settings: dict[str, Any]
+    weights: str
+    encode: Encode
+
+
 def encode(
     config: Run,
     splits: list[Split],
@@ -88,7 +134,7 @@ def encode(
     slice: tuple[int, int],
     teller: Teller,
 ) -> dict[str, dict[str, Any]]:
-    """Compute the features that the stages of a run with `data.features` read, where they are not there yet.
+    """Compute what the stages of a run with `data.features` or `data.codes` read, where it is not there yet.
 
     Args:
         splits: only these; empty: all that there are.
@@ -96,30 +142,30 @@ def encode(
         slice: (i, n): every n-th packed shard, from the i-th on.
 
     Returns:
-        By folder: `finished` (False while other slices have work left), `items`, `bytes`.
+        By folder: `role`, `split`, `finished` (False while other slices have work left), `items`, `bytes`, and
+        `unreadable` (items, once it is finished).
 
     Raises:
-        ConfigError: no stage reads features, or a tower is trained.
+        ConfigError: no stage reads features or codes, a tower is trained, or there is no teacher.
         DataError: the disk has no room.
     """
-    wanted = [run for run in config.stage_runs() if run.data.features]
+    wanted = [run for run in config.stage_runs() if run.data.features or run.data.codes]
     if not wanted:
-        raise ConfigError("data.features is false, so nothing would read features; set data.features=true")
+        raise ConfigError(
+            "data.features and data.codes are false, so nothing would read what is computed; set data.features=true, "
+            "or data.codes=true where there is a teacher"
+        )
     for run in wanted:
         if not getattr(run.model, "trains", True):
-            raise ConfigError(f"model.kind {run.model.kind} packs and loads data; it has no tower to run")
-        medium_of(run.model.layout())  # before anything is built
+            raise ConfigError(f"model.kind {run.model.kind} packs and loads data; it has no tower or teacher to run")
+        if run.data.features:
+            medium_of(run.model.layout())  # before anything is built
     found: dict[str, dict[str, Any]] = {}
-    for run, system in _initial_systems(config):
-        if not run.data.features:
-            continue
+    for run, network in chain(_teachers(config, device), _towers(config, device)):
         layout: Layout = run.model.layout()
-        medium = medium_of(layout)
-        tower = tower_of(system, medium)
         opened = open_splits(run.data, layout, run.seed, teller.packing)
         if missing := [split for split in splits if split not in opened]:
             raise ConfigError(f"--split {missing[0]}: the run has {', '.join(opened)}")
-        weights = digest(getattr(system, tower.name))
         on = resolve_device(device or run.train.device, 0)
         about = {"device": on.type, "versions": checkpoint.versions()}
         for split, dataset in opened.items():
@@ -128,23 +174,77 @@ def encode(
             job = Encoding(
                 dataset,
                 layout,
-                _described(run, split, layout, medium, tower, weights),
-                tower.width,
-                _encoder(system, medium, on, run.train.precision),
+                network.role,
+                describe(layout, network.medium, _decoder(run, split), network.settings, network.weights),
+                network.width,
+                network.encode,
                 about,
                 run.data.workers,
                 teller.packing,
             )
             teller.event(_announced(split, job))
             finished = job.run(slice)
-            found[str(job.folder)] = {"split": split, "finished": finished, "items": job.items, "bytes": job.size}
+            found[str(job.folder)] = {
+                "role": job.role.name, "split": split, "finished": finished, "items": job.items, "bytes": job.size,
+                "unreadable": job.unreadable() if finished else None,
+            }  # fmt: skip
     return found
 
 
 def _announced(split: str, job: Encoding) -> str:
+    what = job.role.name
     each = f"{job.size / max(1, job.items):,.0f} bytes" if job.items else "nothing"
-    text = f"{split}: {job.items:,} {job.medium}s, {each} of features each, {job.size:,} in all"
+    text = f"{split}: {job.items:,} {NAMES[job.medium]}, {each} of {what} each, {job.size:,} in all"
     return f"{text}, all there" if job.finished() else f"{text}, {job.missing():,} to be written: {job.folder}"
+
+
+def _teachers(config: Run, device: str | None) -> Iterator[tuple[Run, _Network]]:
+    """Every stage that reads codes, with its teacher."""
+    for run in config.stage_runs():
+        if run.data.codes:
+            layout = run.model.layout()
+            teacher = _teacher(run, layout)
+            settings, weights = _of_teacher(teacher)
+            coded = _coder(teacher, layout, resolve_device(device or run.train.device, 0))
+            yield run, _Network(CODES, teacher.medium, len(teacher.sizes), settings, weights, coded)
+
+
+def _teacher(run: Run, layout: Layout) -> Teacher:
+    """The teacher that a run names. Raises `ConfigError` where it cannot be that of such media."""
+    teacher: Teacher = teacher_of(run.model).build()
+    require_same_each_time(layout, teacher.medium, CODES)
+    require_rate(teacher, getattr(layout, teacher.medium).sampling_rate)
+    if max(teacher.sizes) > MOST_CODES:
+        raise ConfigError(f"data.codes: {max(teacher.sizes):,} codes of a codebook; at most {MOST_CODES:,} are stored")
+    return teacher
+
+
+def _of_teacher(teacher: Teacher) -> tuple[dict[str, Any], str]:
+    """Settings and digest."""
+    settings = teacher.describe()
+    return settings, settings.pop("weights")
+
+
+def _coder(teacher: Teacher, layout: Layout, device: torch.device) -> Encode:
+    hop = getattr(layout, teacher.medium).hop
+
+    def coded(media: MediaBatch) -> Tensor:
+        return teacher.codes(media.to(device).items(), media.length.tolist(), hop).cpu()
+
+    return coded
+
+
+def _towers(config: Run, device: str | None) -> Iterator[tuple[Run, _Network]]:
+    """Every stage that reads features, with its tower as the stage begins with it."""
+    if not any(run.data.features for run in config.stage_runs()):
+        return
+    for run, system in _initial_systems(config):
+        if run.data.features:
+            medium = medium_of(run.model.layout())
+            tower = tower_of(system, medium)
+            weights = digest(getattr(system, tower.name))
+            encoded = _encoder(system, medium, resolve_device(device or run.train.device, 0), run.train.precision)
+            yield run, _Network(FEATURES, medium, tower.width, _of_tower(tower, run), weights, encoded)
 
 
 def _initial_systems(config: Run) -> Iterator[tuple[Run, System]]:
@@ -196,9 +296,12 @@ def tower_of(system: System, medium: str) -> Tower:
     return towers[medium]
 
 
-def _described(run: Run, split: Split, layout: Layout, medium: str, tower: Tower, weights: str) -> dict[str, Any]:
-    decoder: Decoder = run.data.decoder if split == "train" else "exact"  # as evaluation always is
-    return describe(layout, medium, decoder, {**tower.settings, "precision": run.train.precision}, weights)
+def _of_tower(tower: Tower, run: Run) -> dict[str, Any]:
+    return {**tower.settings, "precision": run.train.precision}
+
+
+def _decoder(run: Run, split: Split) -> Decoder:
+    return run.data.decoder if split == "train" else "exact"  # as evaluation always is
 
 
 def _encoder(system: System, medium: str, device: torch.device, precision: str) -> Encode:
@@ -216,8 +319,4 @@ def _encoder(system: System, medium: str, device: torch.device, precision: str) 
 
 def digest(tower: nn.Module) -> str:
     """Of all weights and buffers of a module, to the last bit."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(checkpoint.model_tensors(tower).items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+    return digest_tensors(checkpoint.model_tensors(tower))

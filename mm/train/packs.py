@@ -1,6 +1,6 @@
 """The packs that stand for a training set where not all can be looked at: a cross-section, and the worst of them.
 
-Where nothing is packed yet, there is one that stands for all: the fullest pack that the budgets allow.
+Where nothing is packed yet, the fullest packs that the budgets allow stand for all.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 from mm.data.batch import MODALITIES, MediaBatch, PackedBatch, collate, decoded_shape
 from mm.data.config import DataConfig
-from mm.data.layout import Layout
+from mm.data.layout import AudioLayout, Layout
 from mm.data.loader import source_infos
 from mm.data.mixture import Draw, Mixture
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
@@ -27,19 +27,27 @@ DRAWS = 10_000
 
 
 class Packs:
-    """The packs of a training set; where nothing is packed yet, the one fullest pack that the budgets allow.
+    """The packs of a training set; where nothing is packed yet, the fullest packs that the budgets allow.
 
-    tokens: means of a row, by modality, `loss` and `padding`. sample: packs that stand for all.
+    tokens: means of a row, by modality, `loss` and `padding`. sample: packs that stand for all. codebooks: what a
+    teacher says of a position of sound, so many numbers, is given with every batch, for the teacher does not run here.
     """
 
     def __init__(
-        self, layout: Layout, data: DataConfig, dataset: PackedDataset | None = None, mixture: Mixture | None = None
+        self,
+        layout: Layout,
+        data: DataConfig,
+        dataset: PackedDataset | None = None,
+        mixture: Mixture | None = None,
+        codebooks: int = 0,
     ) -> None:
-        self.layout, self.data, self.dataset, self.mixture = layout, data, dataset, mixture
+        self.layout, self.data, self.dataset, self.mixture, self.codebooks = layout, data, dataset, mixture, codebooks
+        counts: dict[str, float]
         if dataset is None or mixture is None:
             self.origin = "budgets"
-            self.sample = [fullest_pack(layout, data)]
-            counts = _counts(self.sample[0], layout)
+            self.sample = fullest_packs(layout, data)
+            each = [_counts(pack, layout) for pack in self.sample]
+            counts = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
         else:
             self.origin = str(dataset.folder)
             self.limit = mixture.total()
@@ -69,11 +77,12 @@ class Packs:
                 raise
             folder = None  # the shards may be on another machine
         if folder is None:
-            return cls(layout, config.data)
+            return cls(layout, config.data, codebooks=codebooks_of(config.model))
         dataset = PackedDataset(folder)
         budgets: dict[str, int] = {name: most for name, most in config.data.budgets.items()}
         dataset.require(layout, config.data.context_length, budgets, config.data.packing)
-        return cls(layout, config.data, dataset, Mixture(source_infos(dataset), config.data.mixture, config.seed))
+        mixture = Mixture(source_infos(dataset), config.data.mixture, config.seed)
+        return cls(layout, config.data, dataset, mixture, codebooks_of(config.model))
 
     def _read(self, number: int) -> Pack:
         assert self.dataset is not None
@@ -89,7 +98,7 @@ class Packs:
     def worst(self, rows: int) -> list[list[Pack]]:
         """Rows that one micro-batch may hold at worst: with the most for encoders, to learn, or of all."""
         if self.dataset is None:
-            return [self.sample * rows]
+            return [[pack] * rows for pack in self.sample]
         costs, learned, tokens = self._by_cost
         keys = [(learned, costs), (costs, learned), *([(costs, tokens)] if self.data.packing == "single" else [])]
         orders = {tuple(np.lexsort(one)[::-1][:rows].tolist()) for one in keys}
@@ -130,6 +139,7 @@ class Packs:
                 length=torch.tensor([one.length for _, one in items]),
                 cost=torch.tensor([one.cost for _, one in items]),
                 features=None if width is None else torch.empty(size, dtype=torch.bfloat16, device="meta"),
+                codes=torch.zeros(size[0], self.codebooks, dtype=torch.int32) if self.codebooks else None,
             )
         return batch
 
@@ -155,12 +165,46 @@ def _counts(pack: Pack, layout: Layout) -> dict[str, float]:
     }
 
 
-def fullest_pack(layout: Layout, data: DataConfig) -> Pack:
+def codebooks_of(model: Any) -> int:
+    """How many numbers the teacher of a system's config, or of one of its parts, says of a position; 0 without."""
+    parts = getattr(model, "parts", {})
+    teachers = [getattr(one, "teacher", None) for one in (model, *parts.values())]
+    return max((len(teacher.sizes()) for teacher in teachers if teacher is not None), default=0)
+
+
+def fullest_packs(layout: Layout, data: DataConfig) -> list[Pack]:
+    """Rows that are as full as may be: of one document, or of recordings, where these are samples by themselves."""
+    together = [kind for kind in layout.media() if not (kind == "audio" and layout.audio and layout.audio.alone)]
+    packs = [_document(layout, data, together)] if together or not layout.media() else []
+    return packs if "audio" in together or layout.audio is None else [*packs, _recordings(layout.audio, data)]
+
+
+def _recordings(audio: AudioLayout, data: DataConfig) -> Pack:
+    """Recordings, each a segment, as long as the sources or else the row let them be."""
+    budget: dict[str, int] = {name: most for name, most in data.budgets.items()}
+    room = min([data.context_length, *(budget[name] for name in ("audio_tokens", "audio_cost") if name in budget)])
+    seconds = [getattr(source, "seconds", None) for source in data.sources]
+    longest = room
+    if seconds and None not in seconds:
+        longest = audio.count(max(round(one * audio.sampling_rate) for one in seconds if one is not None))[0]
+    lengths: list[int] = []
+    while sum(lengths) < room and len(lengths) < budget.get("audio", room):
+        lengths.append(min(longest, room - sum(lengths)))
+    starts = np.cumsum([0, *lengths]).tolist()
+    segments = [PackedSegment("fullest", "budgets", at, n, ()) for at, n in zip(starts, lengths, strict=False)]
+    media = [
+        PackedMedia("audio", number, at, n, n, "", b"", {"samples": audio.samples(n)})
+        for number, (at, n) in enumerate(zip(starts, lengths, strict=False))
+    ]
+    return Pack(np.zeros(sum(lengths), dtype=np.int32), tuple(segments), tuple(media))
+
+
+def _document(layout: Layout, data: DataConfig, kinds: list[str]) -> Pack:
     """One document that fills a row: as many media as positions and budgets allow, the rest learned text."""
     length = data.context_length
     media: list[PackedMedia] = []
     at = 1
-    for kind in layout.media():
+    for kind in kinds:
         budget: dict[str, int] = {name: most for name, most in data.budgets.items()}
         plan: Any = {}
         _, positions, cost = layout.smallest(kind)
@@ -174,7 +218,7 @@ def fullest_pack(layout: Layout, data: DataConfig) -> Pack:
         if kind == "audio":  # one recording as long as may be
             assert layout.audio is not None
             positions = min(room, budget.get("audio_tokens", room), budget.get("audio_cost", room))
-            plan = {"samples": positions * layout.audio.hop}
+            plan = {"samples": layout.audio.samples(positions)}
             _, cost = layout.audio.count(plan["samples"])
         most = [
             room // max(positions, 1),

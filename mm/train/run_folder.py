@@ -19,10 +19,11 @@ from mm.train.metrics import read_metrics
 
 # What may differ between a run and its continuation. Everything else decides what the numbers are.
 MAY_CHANGE = (
-    "out", "data.workers", "data.cache", "data.remote_cache", "data.skip_ids", "train.max_steps", "train.epochs",
-    "train.optimizer.lr", "train.micro_batch", "train.engine", "train.blocks", "train.activation_checkpointing",
-    "train.compile", "train.device", "train.log_every", "train.save_every", "train.keep", "train.keep_every",
-    "train.async_save", "train.hang_timeout", "train.profile", "train.trackers", "evaluation",
+    "out", "data.codes", "data.workers", "data.cache", "data.remote_cache", "data.skip_ids", "train.max_steps",
+    "train.epochs", "train.optimizer.lr", "train.micro_batch", "train.engine", "train.blocks",
+    "train.activation_checkpointing", "train.compile", "train.device", "train.log_every", "train.save_every",
+    "train.keep", "train.keep_every", "train.async_save", "train.hang_timeout", "train.profile", "train.trackers",
+    "evaluation",
 )  # fmt: skip
 
 # What a run that has not begun to train may have left in its folder.

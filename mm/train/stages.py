@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.data.config import Split
-from mm.data.features import medium_of, require_any
+from mm.data.features import ROLES, medium_of, require_any
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader
 from mm.data.packed import PackedDataset, read_ids
@@ -79,8 +79,9 @@ def _open(
     splits = open_splits(data, layout, config.seed, progress)
     for dataset in splits.values():
         dataset.drop(skip)
-        if data.features:
-            require_any(dataset)
+        for role in ROLES:
+            if getattr(data, role.name):
+                require_any(dataset, role)
     if config.evaluation.every and "validation" not in splits:
         raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
     loader = PackedLoader(

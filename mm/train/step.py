@@ -5,7 +5,6 @@ losses is divided by that; gradients are summed. So 1 x 8, 2 x 4 and 8 x 1 rows,
 update. Numbers come back from the device once a step, just before the update, because the guard decides by them.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mm.data.batch import MODALITIES, PackedBatch, with_dummies
 from mm.data.layout import Layout
+from mm.data.sample import keyed_seed
 from mm.errors import ConfigError
 from mm.models.system import PooledSystem, System
 from mm.train.engines.single import SingleEngine
@@ -70,13 +70,13 @@ class Done:
     loss: float
     verdict: Verdict
     losses: dict[str, float] = field(default_factory=dict)
-    """Means by objective."""
+    """Means by objective, of those that have terms."""
     sources: dict[str, float] = field(default_factory=dict)
     """Mean loss of the first objective by source."""
     norms: dict[str, float] = field(default_factory=dict)
     """Of gradients before clipping, by part, and `total`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the system: means over micro-batches and ranks."""
+    """Of the system, means over the step; none of what has nothing in it."""
 
 
 def count(system: System, batches: list[PackedBatch], sources: list[str]) -> list[float]:
@@ -125,12 +125,12 @@ class Stepper:
     def __call__(self, batches: list[PackedBatch], totals: Counted, step: int, lr: float) -> Done:
         """Step number `step`, from 0 on. The update is left out when the guard says so."""
         # What dropout draws is a function of (seed, step, rank): nothing has to be saved, and a resumed run goes on.
-        torch.manual_seed(key(self.seed, "dropout", step, self.world.rank))
+        torch.manual_seed(keyed_seed(self.seed, "dropout", step, self.world.rank))
         sums = self._gradients(batches, totals, step)
         norms = self.engine.clip(self.clip_norm)
         names, values = [*sums, *(("norm", part) for part in norms)], [*sums.values(), *norms.values()]
         found = dict(zip(names, torch.stack([value.float() for value in values]).tolist(), strict=True))
-        done = self._read(found, totals, len(batches))
+        done = self._read(found, totals)
         done.verdict = self.guard.judge(done.loss, done.norms.get("total"))
         self.engine.set_lr(lr)
         if done.verdict.accept:
@@ -161,7 +161,7 @@ class Stepper:
             for name, loss in output.losses.items():
                 add("loss", name, loss)
             for name, value in output.metrics.items():
-                add("metric", name, value)
+                add("metric", name, value * output.counts[self.engine.system.counted_by(name)])
             if len(self.sources) > 1 and output.rows:
                 rows = next(iter(output.rows.values()))
                 numbers = _numbers(batch, self.sources).to(rows.device)
@@ -177,25 +177,27 @@ class Stepper:
             sums |= {("loss", name): loss for name, loss in pooled.losses.items()}
         return sums
 
-    def _read(self, found: dict[tuple[str, str], float], totals: Counted, micro_batches: int) -> Done:
+    def _read(self, found: dict[tuple[str, str], float], totals: Counted) -> Done:
         def of(kind: str) -> dict[str, float]:
             return {name: value for (one, name), value in found.items() if one == kind}
 
+        system = self.engine.system
         losses = {name: value / max(totals.losses[name], 1) for name, value in of("loss").items()}
+        counts = {name: totals.losses[system.counted_by(name)] for name in of("metric")}
         return Done(
-            loss=sum(self.engine.system.weights[name] * mean for name, mean in losses.items()),
+            loss=sum(system.weights[name] * mean for name, mean in losses.items()),
             verdict=Verdict(True, ""),
-            losses=losses,
+            losses={name: mean for name, mean in losses.items() if totals.losses[name]},
             sources={name: v / totals.sources[name] for name, v in of("source").items() if totals.sources[name]},
             norms=of("norm"),
-            metrics={name: value / (micro_batches * self.world.ranks) for name, value in of("metric").items()},
+            metrics={name: value / counts[name] for name, value in of("metric").items() if counts[name]},
         )
 
     def _extra(self, optimizer: ExtraPass, batches: list[PackedBatch], step: int) -> None:
         system = self.engine.system
         (total,) = self.world.sum([float(sum(optimizer.extra_count(system, batch) for batch in batches))])
         for index, batch in enumerate(self._moved(batches)):
-            keys = [key(self.seed, "extra", step, ids) for ids in batch.ids]
+            keys = [keyed_seed(self.seed, "extra", step, ids) for ids in batch.ids]
             generators = [torch.Generator(self.device).manual_seed(one) for one in keys]
             loss = self.engine.call(optimizer.extra_loss, system, batch, generators)
             self.engine.backward(loss / max(total, 1), index == len(batches) - 1)
@@ -269,11 +271,6 @@ class Stepper:
 class _Pooled:
     gradients: list[dict[str, Tensor]]
     losses: dict[str, Tensor]
-
-
-def key(*parts: Any) -> int:
-    """A seed of 63 bits from anything that prints the same everywhere."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,7 @@ from mm.data.loader import one_pass
 from mm.data.packed import PackedDataset
 from mm.errors import ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
-from mm.models.system import GenerativeSystem, System
+from mm.models.system import GenerativeSystem, PooledSystem, System
 from mm.train import checkpoint, evaluate
 from mm.train.accelerators import peak_flops
 from mm.train.blocks import checkpoint_activations, compile_blocks, find_blocks
@@ -35,7 +35,7 @@ from mm.train.distributed import RankFailed, World
 from mm.train.ema import EMA
 from mm.train.engines.single import SingleEngine
 from mm.train.estimate import estimate
-from mm.train.features import Aside
+from mm.train.features import Aside, attach_codes
 from mm.train.guard import Guard
 from mm.train.lora import apply_lora
 from mm.train.metrics import MetricsLog, Throughput, check_trackers
@@ -230,9 +230,10 @@ class Trainer:
         self.guard = Guard(train.guard)
         sources = list(stage.splits["train"].about["ledger"])
         self.stepper = Stepper(self.engine, stage.layout, self.guard, config.seed, train.clip_norm, sources)
-        if config.evaluation.every and not isinstance(self.system, GenerativeSystem):
+        if isinstance(self.system, PooledSystem) and (config.evaluation.every or "test" in stage.splits):
             raise ConfigError(
-                f"evaluation.every: a {config.model.kind} model has no caption loss; set evaluation.every=0"
+                f"a {config.model.kind} model has objectives over whole steps, which are not evaluated: set "
+                "evaluation.every=0 and leave out data.test"
             )
         if same:
             assert newest is not None
@@ -241,6 +242,9 @@ class Trainer:
         if self.aside:
             self.aside.attach(stage.splits, stage.layout, config)
             self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
+        if config.data.codes:
+            attach_codes(stage.splits, stage.layout, config)
+            self.watcher.event("the codes of the teacher are read, and it does not run")
         if self.world.main:
             self.folder.write_json("run.json", self._description())
         used = stage.rows * config.data.context_length
@@ -305,7 +309,7 @@ class Trainer:
                     if done.verdict.accept and self.ema:
                         self.ema.update()
                     self._advance(totals, done.verdict.accept)
-                    timer.add(totals.tokens, int(sum(totals.losses.values())), flops * totals.tokens)
+                    timer.add(totals.tokens, self._learned(totals), flops * totals.tokens)
                     if self._after(stage, log, timer, totals, done, lr):
                         break
         finally:
@@ -323,7 +327,7 @@ class Trainer:
         best = False
         if evaluated:
             with timer.excluded():
-                row["validation_loss"] = self._validation_loss(stage)
+                row |= self._validate(stage)
             best = self._is_best(row, stage)
             self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
             last = last or self.progress.ended
@@ -390,7 +394,7 @@ class Trainer:
             return
         progress.offending = []
         progress.tokens += totals.tokens
-        progress.loss_tokens += int(sum(totals.losses.values()))
+        progress.loss_tokens += self._learned(totals)
         for kind, number in totals.modalities.items():
             progress.modalities[kind] = progress.modalities.get(kind, 0) + number
 
@@ -456,6 +460,9 @@ class Trainer:
             log.close()
         return self._open_log(stage)
 
+    def _learned(self, totals: Counted) -> int:
+        return int(sum(totals.losses[name] for name in self.system.learned))
+
     def _row(self, stage: Stage, totals: Counted, done: Done, lr: float) -> dict[str, Any]:
         """What is logged of a step."""
         progress = self.progress
@@ -465,7 +472,7 @@ class Trainer:
             "step": progress.step,
             **({"stage": stage.number} if len(self.stages) > 1 else {}),
             "loss": done.loss,
-            **({f"loss/{name}": mean for name, mean in done.losses.items()} if len(done.losses) > 1 else {}),
+            **({f"loss/{name}": mean for name, mean in done.losses.items()} if len(self.system.weights) > 1 else {}),
             **{f"loss_from/{name}": mean for name, mean in done.sources.items()},
             "lr": lr,
             **({f"lr/x{scale:g}": lr * scale for scale in sorted(scales)} if len(scales) > 1 else {}),
@@ -482,12 +489,13 @@ class Trainer:
             "step_tokens": totals.tokens,
         }
 
-    def _validation_loss(self, stage: Stage) -> float:
+    def _validate(self, stage: Stage) -> dict[str, float]:
         self.system.eval()
         with self._averaged():
-            loss = evaluate.caption_loss(self.engine, stage.layout, self._pass(stage, "validation"))
+            found = evaluate.means(self.engine, stage.layout, self._pass(stage, "validation"))
         self.system.train()
-        return loss
+        several = {**(found.losses if len(self.system.weights) > 1 else {}), **found.metrics}
+        return {"validation_loss": found.loss, **{f"validation/{name}": value for name, value in several.items()}}
 
     def _pass(self, stage: Stage, split: Split) -> Iterator[PackedBatch]:
         data, rows = stage.config.data, stage.config.evaluation.micro_batch
@@ -536,7 +544,7 @@ class Trainer:
 
     def _finish(self, stage: Stage) -> dict[str, Any]:
         """Evaluate on the test split."""
-        if "test" not in stage.splits or not isinstance(self.system, GenerativeSystem):
+        if "test" not in stage.splits:
             return {}
         config, settings = stage.config, stage.config.evaluation
         about = {"step": self.progress.step, "seed": config.seed, "evaluation": settings.model_dump(mode="json")}
@@ -558,7 +566,8 @@ class Trainer:
                 seed=config.seed,
                 stop=self._raise_if_stopped,
             )
-            self._write_samples(stage, settings.samples)
+            if isinstance(self.system, GenerativeSystem):
+                self._write_samples(stage, settings.samples)
         result = {**about, **result}
         if self.world.main:
             self.folder.write_json("eval.json", result)

@@ -10,6 +10,7 @@ import torch
 from mm.data.batch import IGNORE, MediaBatch, PackedBatch, collate
 from mm.data.layout import Layout
 from mm.data.limits import Limits
+from mm.data.loader import EMPTY
 from mm.data.media import decode_image
 from mm.data.packed import Pack, PackedDataset, join_segments
 from mm.data.sample import Media, Text
@@ -143,8 +144,9 @@ def test_to_moves_every_tensor(layout: Layout, packs: list[Pack]) -> None:
     tensors = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     tensors += [getattr(batch.media["image"], field.name) for field in dataclasses.fields(batch.media["image"])]
     found = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    assert len(found) == 5 + 7 and sum(tensor.is_meta for tensor in found) == 5 + 5
-    assert not batch.media["image"].shapes.is_meta and not batch.media["image"].offsets.is_meta  # stay on the host
+    assert len(found) == 6 + 8 and sum(tensor.is_meta for tensor in found) == 5 + 5
+    image = batch.media["image"]
+    assert not any(tensor.is_meta for tensor in (batch.draws, image.shapes, image.offsets, image.unreadable))
 
 
 def cut(pack: Pack, item: int) -> Pack:
@@ -184,3 +186,40 @@ def test_rows_too_short_and_media_not_taken(layout: Layout, packs: list[Pack]) -
         collate(packs, layout, 16)
     with pytest.raises(DataError, match="s/0/0: the model takes no image"):
         collate(packs, dataclasses.replace(layout, image=None), LENGTH)
+
+
+def test_a_row_has_one_key_however_it_is_batched(layout: Layout, packed: PackedDataset) -> None:
+    """Of what is drawn in training where there is something to draw by, else of the samples; nothing for padding."""
+    packs = [packed.read(number) for number in range(4)]
+    whole = collate(packs, layout, LENGTH).draws
+    assert len({*whole.tolist()}) == 4 and bool((whole >= 0).all())
+    assert whole.tolist() == [collate([pack], layout, LENGTH).draws.item() for pack in packs]
+    drawn = [(0, np.int64(7)), (0, 8), (1, 7), (0, 7)]
+    keys = collate(packs, layout, LENGTH, draws=drawn).draws.tolist()
+    assert keys[0] == keys[3] and len({*keys, *whole.tolist()}) == 7
+    assert collate([EMPTY], layout, LENGTH, draws=[(0, -1)]).draws.tolist() == [0]
+
+
+def test_what_could_not_be_read_is_marked(layout: Layout, packs: list[Pack]) -> None:
+    broken = dataclasses.replace(packs[0].media[1], data=b"nothing")
+    pack = dataclasses.replace(packs[0], media=(packs[0].media[0], broken, *packs[0].media[2:]))
+    image = collate([pack, packs[1]], layout, LENGTH, quarantine=True).media["image"]
+    assert image.unreadable.tolist() == [one is broken for one in (*pack.media, *packs[1].media)]
+
+
+def test_codes_lie_in_the_order_of_items(layout: Layout, packs: list[Pack]) -> None:
+    rng = np.random.default_rng(0)
+    coded = [
+        dataclasses.replace(
+            pack,
+            media=tuple(
+                dataclasses.replace(one, codes=rng.integers(0, 1 << 16, (one.length, 3), dtype=np.uint16))
+                for one in pack.media
+            ),
+        )
+        for pack in packs
+    ]
+    codes = collate(coded, layout, LENGTH).media["image"].codes
+    assert codes is not None and codes.dtype == torch.int32
+    assert np.array_equal(codes.numpy(), np.concatenate([one.codes for pack in coded for one in pack.media]))
+    assert collate(packs, layout, LENGTH).media["image"].codes is None

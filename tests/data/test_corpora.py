@@ -363,7 +363,9 @@ def test_unknown_names_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="music: has no option 'languages'"):
         build_corpus("music", tmp_path / "out", {"languages": ["en"]})
     with pytest.raises(ConfigError, match="count is 0"):
-        music.build(Workbench(tmp_path, Packages(tmp_path), {"count": 0, "seed": 0}))
+        music.build(Workbench(tmp_path, Packages(tmp_path), {"count": 0, "seed": 0, "seconds": 5.0}))
+    with pytest.raises(ConfigError, match=r"seconds is 0\.5"):
+        music.build(Workbench(tmp_path, Packages(tmp_path), {"count": 1, "seed": 0, "seconds": 0.5}))
 
 
 def test_the_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -627,16 +629,20 @@ def scale(quarters: int) -> list[music.Note]:
     return [music.Note(float(start), start + 1.0, start % 2, 60 + start % 12) for start in range(quarters)]
 
 
-def test_clips_of_a_score_fill_their_time_at_their_tempo() -> None:
+@pytest.mark.parametrize(("seconds", "windows"), [(5.0, 2), (12.0, 9), (27.5, 20)])
+def test_clips_of_a_score_fill_their_time_at_their_tempo(seconds: float, windows: int) -> None:
     notes = scale(64)
-    drawn = music.draw_clips(notes, random.Random(3))
-    assert drawn == music.draw_clips(notes, random.Random(3)) and drawn
+    drawn = music.draw_clips(notes, random.Random(3), seconds, windows)
+    assert drawn == music.draw_clips(notes, random.Random(3), seconds, windows)
+    assert 0 < len(drawn) <= windows * music.RENDERINGS
     for clip, instrument, tempo in drawn:
-        quarters = music.SECONDS * tempo / 60
+        quarters = seconds * tempo / 60
         assert instrument in music.INSTRUMENTS and tempo in music.TEMPI
         assert clip[0].start == 0 and clip[-1].start < quarters and max(note.end for note in clip) <= quarters
         assert abs(len(clip) - quarters) <= 1  # a note a quarter
-    assert music.draw_clips([music.Note(0.0, 1.0, 0, 60)], random.Random(0)) == []  # silent after a second
+    assert music.draw_clips(scale(4), random.Random(0), seconds, windows) == []  # too short
+    pause = [music.Note(0.0, 1.0, 0, 60), music.Note(60.0, 61.0, 0, 60)]
+    assert music.draw_clips(pause, random.Random(0), seconds, windows) == []  # silent after a second
 
 
 def test_captions_of_music_say_what_is_known() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm.data import plan
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
-from mm.data.features import Encoding, describe, find, medium_of
+from mm.data.features import FEATURES, Encoding, describe, find, medium_of
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader, one_pass
 from mm.data.packed import PackedDataset
@@ -40,7 +40,7 @@ def tower(layout: Layout, weights: str = "w", **settings: Any) -> dict[str, Any]
 
 
 def encoding(dataset: PackedDataset, layout: Layout, **options: Any) -> Encoding:
-    options = {"tower": tower(layout), "width": WIDTH, "encode": means, **options}
+    options = {"role": FEATURES, "origin": tower(layout), "width": WIDTH, "encode": means, **options}
     return Encoding(dataset, layout, about={}, **options)
 
 
@@ -60,7 +60,7 @@ def shards(pack: Pack, raw: Path, tmp_path: Path, layout: Layout, monkeypatch: p
 def with_features(folder: Path, layout: Layout) -> PackedDataset:
     assert encoding(PackedDataset(folder), layout).run()
     dataset = PackedDataset(folder)
-    dataset.read_features(find(dataset, tower(layout)))
+    dataset.read_beside(find(dataset, FEATURES, tower(layout)))
     return dataset
 
 
@@ -114,7 +114,7 @@ def test_no_byte_of_a_picture_is_read(packed: PackedDataset, copy: Path, layout:
 
 
 def test_the_files_are_safetensors(copy: Path, layout: Layout, packed: PackedDataset) -> None:
-    folder = with_features(copy, layout).features.folder  # type: ignore[union-attr]
+    folder = with_features(copy, layout).beside.folder  # type: ignore[union-attr]
     (path,) = folder.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:
         found = file.get_tensor("image")
@@ -145,7 +145,7 @@ def test_a_killed_encoding_goes_on_and_slices_share_it(shards: PackedDataset, la
         encoding(datasets[1], layout, encode=dies).run()
     assert 0 < jobs[1].missing() < jobs[1].size
     with pytest.raises(DataError, match="not whole"):
-        find(datasets[1], tower(layout))
+        find(datasets[1], FEATURES, tower(layout))
     done = {name: data for name, data in files(jobs[1].folder).items() if name.endswith(".safetensors")}
     assert done.items() <= expected.items()
     assert jobs[1].run() and files(jobs[1].folder) == expected
@@ -174,8 +174,8 @@ def test_what_is_taken_down_is_erased_from_features(packed: PackedDataset, copy:
     for _ in range(2):
         take_down(copy, GONE)
         dataset = PackedDataset(copy)
-        features = find(dataset, tower(layout))
-        dataset.read_features(features)
+        features = find(dataset, FEATURES, tower(layout))
+        dataset.read_beside(features)
         listed = PackedDataset(packed.folder)
         listed.drop(GONE)
         same(list(one_pass(dataset, layout, 4)), list(one_pass(listed, layout, 4)))
@@ -205,7 +205,7 @@ def test_a_damaged_picture_fares_as_it_would_without_features(
     write_shard(tmp_path / "a.tar", samples)
     dataset = pack(tmp_path / "a.tar", tmp_path / "train", layout)
     given = with_features(dataset.folder, layout)
-    assert given.features is not None and given.features.about["unreadable"] == 1
+    assert given.beside is not None and given.beside.about["unreadable"] == 1
     if quarantine:
         expected = list(one_pass(dataset, layout, 2, quarantine=True))
         assert [bad for batch in expected for bad in batch.bad], "the picture is damaged"
@@ -223,10 +223,10 @@ def test_other_features_are_refused_by_what_differs(copy: Path, layout: Layout, 
     with pytest.raises(
         DataError, match="has no features of a frozen tower, or none that are whole; make them with `mm data encode"
     ):
-        find(dataset, tower(layout))
+        find(dataset, FEATURES, tower(layout))
     (copy / "features-0").mkdir()
     with pytest.raises(DataError, match="has no features"):
-        find(dataset, tower(layout))
+        find(dataset, FEATURES, tower(layout))
     with_features(copy, layout)
     for other, what in [
         (tower(layout, weights="v"), "other weights"),
@@ -235,12 +235,12 @@ def test_other_features_are_refused_by_what_differs(copy: Path, layout: Layout, 
         (tower(make_layout(tokens=9)), "layout.tokens 4"),
     ]:
         with pytest.raises(DataError, match=f"of another tower: {what}"):
-            find(dataset, other)
+            find(dataset, FEATURES, other)
 
 
 def test_damage_is_found_when_it_is_read(copy: Path, layout: Layout) -> None:
     dataset = with_features(copy, layout)
-    (path,) = dataset.features.folder.glob("*.safetensors")  # type: ignore[union-attr]
+    (path,) = dataset.beside.folder.glob("*.safetensors")  # type: ignore[union-attr]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -249,7 +249,7 @@ def test_damage_is_found_when_it_is_read(copy: Path, layout: Layout) -> None:
     path.write_bytes(data[:-40])
     with pytest.raises(DataError, match="truncated"):
         list(one_pass(dataset, layout, 4))
-    dataset.read_features(None)
+    dataset.read_beside(None)
     assert all(batch.media["image"].features is None for batch in one_pass(dataset, layout, 4))
 
 

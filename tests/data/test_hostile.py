@@ -144,12 +144,14 @@ def originals(rng: np.random.Generator) -> dict[str, tuple[dict[str, Any], bytes
     pq.write_table(pa.Table.from_pylist(texts), packed, row_group_size=5)
     np.save(ids, rng.integers(0, 20, 400).astype(np.uint16))
     captions, text, interleaved = {"kind": "captions"}, {"kind": "text"}, {"kind": "interleaved"}
+    clips = {"kind": "recordings", "seconds": 0.2, "min_seconds": 0.1, "sampling_rate": 6000}
     return {
         "plain.tar": (captions, tar(pairs("image"))),
         "pax.tar": (captions, tar(pairs("image"), tarfile.PAX_FORMAT, "Wörter/" + "n" * 120 + "/")),
         "gnu.tar": (captions, tar(pairs("image"), tarfile.GNU_FORMAT, "n" * 120 + "/")),
         "documents.tar": (interleaved, tar(in_tar)),
         "sound.tar": ({"kind": "audio"}, tar(pairs("audio"))),
+        "clips-of-sound.tar": (clips, tar(pairs("audio"))),
         "clips.tar": ({"kind": "video"}, tar(pairs("video"))),
         "packed.tar.gz": (captions, gzip.compress(tar(pairs("image")), mtime=0)),
         "text.jsonl": (text, lines),

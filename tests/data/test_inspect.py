@@ -1,10 +1,12 @@
 """The page of a packed split says what is on disk, and nothing from the data becomes markup."""
 
+import base64
 import io
 import json
 import re
 import shutil
 import tarfile
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mm.data import inspect
 from mm.data.config import DataConfig
 from mm.data.inspect import inspect_page, summary
-from mm.data.layout import ImageLayout, Layout, Template
+from mm.data.layout import AudioLayout, ImageLayout, Layout, Template
 from mm.data.media import ImageTransform
 from mm.data.packed import PackedDataset
 from mm.data.prepare import pack_split
@@ -200,3 +203,58 @@ def test_a_missing_plan_is_named(dataset: PackedDataset, tmp_path: Path) -> None
     plan.unlink()
     with pytest.raises(DataError, match=r"plan\.parquet: missing"):
         summary(PackedDataset(tmp_path / "train"))
+
+
+@pytest.fixture
+def recordings(
+    tmp_path: Path, write_shard: Callable[..., Path], sound: Callable[..., bytes], make_layout: Callable[..., Layout]
+) -> tuple[PackedDataset, dict[str, bytes]]:
+    """A set of recordings alone, the last of them cut short; and the bytes of the others."""
+    files = {f"{number}": sound(number, 0.5 + number) for number in range(3)}
+    cut = sound(9, 1.0)[:3000]
+    write_shard(tmp_path / "x.tar", {key: {"flac": data} for key, data in {**files, "cut": cut}.items()})
+    source = {"kind": "audio", "name": "music", "path": str(tmp_path / "x.tar"), "caption": ""}
+    data = DataConfig.model_validate({"sources": [source], "context_length": 500, "max_bad_fraction": 0.5})
+    layout = make_layout(audio=AudioLayout(8000, 100))
+    return PackedDataset(pack_split(data, "train", layout, seed=0, out=tmp_path / "train")), files
+
+
+def test_recordings_are_drawn_as_wide_as_their_run_and_can_be_played(
+    recordings: tuple[PackedDataset, dict[str, bytes]],
+) -> None:
+    dataset, files = recordings
+    html = inspect_page(dataset, None)
+    page = Page(html)
+    for number in range(len(dataset)):
+        pack = dataset.read(number)
+        for one in pack.media:
+            place = f"left:{round(100 * one.position / 500, 3)}%;width:{round(100 * one.length / 500, 3)}%"
+            cut = "cut" in pack.segments[one.segment].id
+            shown = '<span class="none"[^>]*unreadable[^>]*' if cut else '<img src="data:image/png[^>]* class="sound"'
+            assert re.search(f'{shown} style="{re.escape(place)}">', html), place
+    players = [address.partition(",")[2] for address in page.addresses if address.startswith("data:audio/flac;base64,")]
+    assert {base64.b64decode(one) for one in players} == {*files.values()} and page.tags.count("audio") == 3
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert all(f"{0.5 + number:.2f} s" in page.words for number in range(3))
+
+
+def test_frames_are_told_in_seconds_too(recordings: tuple[PackedDataset, dict[str, bytes]]) -> None:
+    dataset, _ = recordings
+    media = [one for number in range(len(dataset)) for one in dataset.read(number).media]
+    frames = sum(one.length for one in media)
+    found = summary(dataset)
+    assert found["audio_seconds"] == pytest.approx(sum(one.plan["samples"] for one in media) / 8000, abs=0.05)
+    words = Page(inspect_page(dataset, None)).words
+    assert f"{found['audio_seconds']:.0f} s" in words and f"{frames:,}" in words
+    assert found["ledger"]["music"]["audio_tokens"] == frames
+
+
+def test_a_page_holds_only_so_much_sound(
+    recordings: tuple[PackedDataset, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, files = recordings
+    most = 2 * max(map(len, files.values()))
+    monkeypatch.setattr(inspect, "SOUND_BYTES", most)
+    page = Page(inspect_page(dataset, None))
+    assert sum(len(address) for address in page.addresses if address.startswith("data:audio/")) <= most
+    assert 1 <= page.tags.count("audio") < 3 and "no player" in page.words

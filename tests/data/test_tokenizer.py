@@ -1,6 +1,7 @@
 """Tokenizers are found or refused in one line, and known by what they do rather than by name."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -54,3 +55,23 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     words = r"no token '<image>'; add it to model\.language\.added_tokens, or, .* model\.template\.bos, eos or pad"
     with pytest.raises(DataError, match=words):
         Tokenizer.load("builtin:emoji").id("<image>")
+
+
+def test_labels_are_one_token_each_and_no_text() -> None:
+    labels = Tokenizer.of_labels(["alto saxophone", "piano", "C♯ minor"])
+    assert [labels.id(name) for name in ("<pad>", "alto saxophone", "piano", "C♯ minor")] == [0, 1, 2, 3]
+    assert len(labels) == 4 and labels.token(3) == "C♯ minor"
+    assert labels.fingerprint() != Tokenizer.of_labels(["piano"]).fingerprint()
+    with pytest.raises(DataError, match="takes no text, found 'piano'"):
+        labels.encode("piano")
+    with pytest.raises(DataError, match="no label 'harp' among the 3"):
+        labels.id("harp")
+
+
+def test_a_model_without_text_has_a_tokenizer_of_padding() -> None:
+    none = Tokenizer.load("builtin:none")
+    assert len(none) == 1 and none.id("<pad>") == 0
+    with pytest.raises(DataError, match="takes no text"):
+        none.encode_placed("a")
+    copy = pickle.loads(pickle.dumps(none))
+    assert copy.fingerprint() == none.fingerprint()

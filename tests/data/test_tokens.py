@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.layout import Layout
+from mm.data.layout import AudioLayout, Layout
 from mm.data.limits import Limits
 from mm.data.media import decode_image
 from mm.data.sample import Media, Text, Tokens
@@ -339,3 +339,27 @@ def test_the_end_after_media_is_learned_as_in_the_whole(layout: Layout, image: M
         pieces = split((Text("cat " * 9, loss=loss), image), layout, {"tokens": 12})
         assert len(pieces) == 2 and pieces[-1].ids.tolist()[-5:] == [PAD] * 4 + [EOS]
         assert any(b == len(pieces[-1]) for _, b in pieces[-1].loss) is loss
+
+
+def test_a_window_needs_all_its_samples(make_layout: Callable[..., Layout], sound: Callable[..., bytes]) -> None:
+    """As many positions as a stack of convolutions without padding gives; MERT's numbers (120,000 samples: 374)."""
+    layers = list(zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True))
+    mert = AudioLayout(24_000, 320, window=400)
+    for samples in (400, 719, 720, 12_345, 24_000, 120_000, 122_880):
+        length = samples
+        for kernel, stride in layers:
+            length = (length - kernel) // stride + 1
+        assert mert.count(samples) == (length, length)
+        assert mert.count(mert.samples(length)) == (length, length) > mert.count(mert.samples(length) - 1)
+    assert [mert.count(samples)[0] for samples in (24_000, 120_000, 122_880)] == [74, 374, 383]
+    short = make_layout(audio=AudioLayout(8000, 80, window=100))
+    with pytest.raises(DataError, match="80 samples at 8000 Hz are less than the 100 that the model takes at once"):
+        lay_out(short, Media("audio", sound(0, 0.01), "flac"))
+
+
+def test_a_recording_alone_has_no_template(make_layout: Callable[..., Layout], sound: Callable[..., bytes]) -> None:
+    layout = make_layout(audio=AudioLayout(8000, 1000, alone=True))
+    media = Media("audio", sound(0, 1), "flac")
+    assert lay_out(layout, media).ids.tolist() == [PAD] * 8 and lay_out(layout, media).loss == ()
+    assert lay_out(layout, media, Text("a cat")).ids.tolist()[0] == BOS
+    assert lay_out(make_layout(audio=AudioLayout(8000, 1000)), media).ids.tolist()[0] == BOS

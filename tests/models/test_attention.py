@@ -11,13 +11,13 @@ from torch import Tensor
 from mm.models.attention import packed_attention, packing
 
 
-def loop(q: Tensor, k: Tensor, v: Tensor, scope: Tensor) -> Tensor:
-    """The definition: one query at a time, softmax over the keys of its scope up to itself."""
+def loop(q: Tensor, k: Tensor, v: Tensor, scope: Tensor, causal: bool = True) -> Tensor:
+    """The definition: one query at a time, softmax over the keys of its scope, up to itself where causal."""
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     rows = []
     for i, number in enumerate(scope.tolist()):
-        visible = [j for j in range(i + 1) if scope[j] == number]
+        visible = [j for j in range(i + 1 if causal else len(scope)) if scope[j] == number]
         if number == 0:
             rows.append(torch.zeros_like(q[0, :, i]))
             continue
@@ -42,13 +42,14 @@ ROWS = [[3, 9, 1, 4], [17], [1, 1, 2, 13], []]
 @pytest.mark.parametrize("implementation", ["segments", "dense"])
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("heads_kv", [4, 2])
-def test_outputs_and_gradients_equal_the_loop(implementation: str, isolate: bool, heads_kv: int) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_outputs_and_gradients_equal_the_loop(implementation: str, isolate: bool, heads_kv: int, causal: bool) -> None:
     torch.manual_seed(0)
     ids = random_rows(ROWS, 20)
-    scope = packing(ids, isolate, implementation)
+    scope = packing(ids, isolate, implementation, causal)
     tensors = [torch.randn(1, h, 80, 8, dtype=torch.float64, requires_grad=True) for h in (4, heads_kv, heads_kv)]
     weight = torch.randn(1, 4, 80, 8, dtype=torch.float64)
-    expected = loop(*tensors, scope.scope)
+    expected = loop(*tensors, scope.scope, causal)
     expected_grads = torch.autograd.grad((expected * weight).sum(), tensors)
     found = packed_attention(*tensors, scope)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -58,26 +59,27 @@ def test_outputs_and_gradients_equal_the_loop(implementation: str, isolate: bool
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("isolate", [True, False])
-def test_flex_equals_the_dense_mask(isolate: bool) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_equals_the_dense_mask(isolate: bool, causal: bool) -> None:
     """The GPU path's mask and scaling, run eagerly on the CPU (forward only: flex has no CPU backward)."""
     torch.manual_seed(0)
     ids = random_rows(ROWS, 32)
     q, k, v = torch.randn(1, 4, 128, 16), torch.randn(1, 2, 128, 16), torch.randn(1, 2, 128, 16)
     with torch.no_grad():
-        flex = packed_attention(q, k, v, packing(ids, isolate, "flex"))
-        dense = packed_attention(q, k, v, packing(ids, isolate, "dense"))
+        flex = packed_attention(q, k, v, packing(ids, isolate, "flex", causal))
+        dense = packed_attention(q, k, v, packing(ids, isolate, "dense", causal))
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 30), max_size=6), min_size=1, max_size=3), st.integers(0, 1000))
-def test_any_rows_equal_the_dense_mask(lengths: list[list[int]], seed: int) -> None:
+@given(st.lists(st.lists(st.integers(1, 30), max_size=6), min_size=1, max_size=3), st.integers(0, 1000), st.booleans())
+def test_any_rows_equal_the_dense_mask(lengths: list[list[int]], seed: int, causal: bool) -> None:
     torch.manual_seed(seed)
     ids = random_rows(lengths, max(1, *(sum(row) for row in lengths)) + 2)
     n = ids.numel()
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for _ in range(3))
-    segments = packed_attention(q, k, v, packing(ids, implementation="segments"))
-    dense = packed_attention(q, k, v, packing(ids, implementation="dense"))
+    segments = packed_attention(q, k, v, packing(ids, implementation="segments", causal=causal))
+    dense = packed_attention(q, k, v, packing(ids, implementation="dense", causal=causal))
     torch.testing.assert_close(segments, dense, rtol=1e-9, atol=1e-11)
 
 

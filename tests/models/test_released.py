@@ -523,7 +523,7 @@ def test_what_a_template_cannot_say_is_refused(kept: Path, llava_folder: Path) -
         (["model.vision.options.init_values=0.1"], "hf-llava", "is no vision transformer such as SigLIP's"),
         ([], "prismatic", r"takes the towers timm/vit_base_patch16_siglip_224\.webli at 224 pixels, "),
         ([], "transformers", "is not for --to transformers: it can be written as prismatic or hf-llava, with --to"),
-        ([], None, "an open_qwen2vl model: it can be written as prismatic or hf-llava, with --to"),
+        ([], None, "a model of the kind open_qwen2vl: it can be written as prismatic or hf-llava, with --to"),
     ],
 )
 def test_what_does_not_fit_a_format_is_said(
@@ -642,9 +642,11 @@ def test_what_a_local_release_names_is_found_from_anywhere(
     kept: Path, llava_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(kept.parent)
-    assert released.open_release(kept.name).section()["language"]["name"] == str(kept / LANGUAGE)
+    assert released.open_release(kept.name, "open_qwen2vl").section()["language"]["name"] == str(kept / LANGUAGE)
     monkeypatch.chdir(llava_folder.parent)
-    assert released.open_release(llava_folder.name).section()["language"]["tokenizer"] == str(llava_folder)
+    assert released.open_release(llava_folder.name, "open_qwen2vl").section()["language"]["tokenizer"] == str(
+        llava_folder
+    )
 
 
 def test_a_config_that_names_a_release_is_checked_without_torch(kept: Path, tmp_path: Path) -> None:
@@ -662,7 +664,7 @@ def test_a_name_on_the_hub(kept: Path, tmp_path: Path) -> None:
     shutil.copy(kept / "config.json", snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs/main").write_text("0" * 40)
-    code = "from mm.models.released import open_release as o; print(o('weizhiwang/Open-Qwen2VL').section())"
+    code = "from mm.models.released import find; print(find('weizhiwang/Open-Qwen2VL').section())"
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
     section = ast.literal_eval(out)

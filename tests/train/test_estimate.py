@@ -6,34 +6,42 @@ import json
 import re
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import HubertConfig, HubertModel
 
 from mm.cli import main
 from mm.config import RunConfig, load_config
 from mm.data.batch import PackedBatch, collate
 from mm.data.config import DataConfig
-from mm.data.layout import Layout
+from mm.data.layout import Layout, Template
 from mm.data.prepare import open_splits
+from mm.data.tokenizer import Tokenizer
 from mm.errors import ConfigError
-from mm.models.config import LayoutConfig
+from mm.models.audio import AudioEncoder
+from mm.models.config import AudioEncoderConfig, LayoutConfig
 from mm.models.system import System
+from mm.models.systems.mert.model import Mert
+from mm.models.teachers.config import FORMAT, FORMAT_VERSION
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.config import TrainConfig
 from mm.train.estimate import Model, estimate, on_gpu, show, usable
 from mm.train.flops import register
-from mm.train.packs import Packs, fullest_pack
+from mm.train.packs import Packs, fullest_packs
 from mm.train.params import freeze, parameter_groups
 
 WIDE = "model.language.config={hidden_size: 128, intermediate_size: 344, num_hidden_layers: 4}"
@@ -63,7 +71,31 @@ TEXT = {
     },
     "train": {"max_steps": 4, "batch_tokens": 1024, "micro_batch": 2, "device": "cpu"},
 }
-NAMES = ["text", *CONFIGS]
+MUSIC: dict[str, Any] = {
+    "data": {
+        "sources": [{"kind": "recordings", "path": "*.flac", "min_seconds": 0}],
+        "context_length": 256,
+        "workers": 0,
+    },
+    "model": {
+        "kind": "mert",
+        "encoder": {
+            "config": {
+                "conv_dim": [32] * 7,
+                "hidden_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 96,
+                "num_conv_pos_embeddings": 16,
+                "num_conv_pos_embedding_groups": 4,
+                **dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop"), 0.0),
+            }
+        },
+        "mixture": {"prob": 0},
+    },
+    "train": {"max_steps": 4, "batch_tokens": 1024, "micro_batch": 2, "device": "cpu"},
+}
+NAMES = ["text", "music", *CONFIGS]
 
 
 @pytest.fixture
@@ -71,7 +103,17 @@ def named(tiny_config: Callable[..., RunConfig], tmp_path: Path, cache: Path) ->
     """A config by its name above, packed."""
 
     def make(name: str) -> RunConfig:
-        if name != "text":
+        if name == "music":
+            noise = np.random.default_rng(0).uniform(-0.1, 0.1, (12, 48_000))
+            for number, wave in enumerate(noise):
+                soundfile.write(tmp_path / f"{number}.flac", wave[: 12_000 + 3_000 * number], 24_000)
+            (tmp_path / "music.yaml").write_text(yaml.safe_dump(MUSIC))
+            teacher = f"{{kind: kmeans, path: {centroids(tmp_path)}}}"
+            config = load_config(
+                tmp_path / "music.yaml",
+                (f"data.cache={cache}", f"data.sources.0.path={tmp_path}/*.flac", f"model.teacher={teacher}"),
+            )
+        elif name != "text":
             config = tiny_config("data.validation=[]", "data.test=[]", *CONFIGS[name])
         else:
             words = np.random.default_rng(0).choice(["a", "few", "plain", "words.\n\n"], 6000)
@@ -84,6 +126,31 @@ def named(tiny_config: Callable[..., RunConfig], tmp_path: Path, cache: Path) ->
         return config
 
     return make
+
+
+def centroids(folder: Path) -> Path:
+    """A k-means teacher's file without centroids: all that may be asked of it is how many there are."""
+    about = {"format_version": FORMAT_VERSION, "codebooks": [{"clusters": 24}, {"clusters": 16}]}
+    path = folder / "kmeans.safetensors"
+    save_file({}, path, {FORMAT: json.dumps(about)})
+    return path
+
+
+def with_codes(batch: PackedBatch, model: Model) -> PackedBatch:
+    """The batch with what a teacher would say, where there is one."""
+    if not model.packs.codebooks:
+        return batch
+    audio = batch.media["audio"]
+    codes = torch.zeros(audio.positions, model.packs.codebooks, dtype=torch.int32)
+    return replace(batch, media={"audio": replace(audio, codes=codes)})
+
+
+def kernels(system: System) -> list[Tensor]:
+    """Of the constant-Q transform, where there is one: made once, and neither parameters nor buffers."""
+    if not isinstance(system, Mert):
+        return []
+    bands = system._cqt._on(torch.device("cpu"))
+    return [one for band in bands for one in (band.bins, band.rows, band.response, band.turn) if one is not None]
 
 
 def traced(config: RunConfig) -> Model:
@@ -136,6 +203,7 @@ def test_parameters_flops_and_peak_are_those_of_a_real_step(name: str, named: Ca
 
     layout = config.model.layout()
     batch = collate(packs, layout, config.data.context_length, config.data.isolate_segments)
+    batch = with_codes(batch, model)
     optimizer = train.optimizer.build(parameter_groups(system, train.params, 0.0))
     trained = [p for p in system.parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as counter:
@@ -155,7 +223,7 @@ def test_parameters_flops_and_peak_are_those_of_a_real_step(name: str, named: Ca
     state = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
     grads = [p.grad for p in trained if p.grad is not None]
     media = [one.values for one in batch.media.values()]
-    before = bytes_of([*system.parameters(), *system.buffers(), *state, *grads, *media])
+    before = bytes_of([*system.parameters(), *system.buffers(), *state, *grads, *media, *kernels(system)])
     measured = before + peak_allocated(step)
     assert on_gpu(model.memory(train, 1)) == pytest.approx(measured, rel=0.15)
     assert trace.peak["optimizer"] == bytes_of(state)
@@ -210,7 +278,7 @@ def test_the_fullest_pack_obeys_the_budgets(budgets: dict[str, int]) -> None:
         }
     ).layout()
     data = DataConfig.model_validate({"context_length": 128, "budgets": budgets})
-    pack = fullest_pack(layout, data)
+    (pack,) = fullest_packs(layout, data)
     places = [at for one in pack.media for at in range(one.position, one.position + one.length)]
     assert len(pack.tokens) == 128 and len(places) == len({*places}) and max(places) < 127
     totals = {
@@ -222,6 +290,29 @@ def test_the_fullest_pack_obeys_the_budgets(budgets: dict[str, int]) -> None:
     batch = Packs(layout, data).batch([pack, pack])
     for one in batch.media.values():
         assert len(one.values) == one.offsets[-1] == one.shapes.prod(1).sum()
+
+
+@pytest.mark.parametrize("budgets", [{}, {"audio": 2}, {"audio_tokens": 100}, {"audio_cost": 70, "audio": 9}])
+@pytest.mark.parametrize("seconds", [None, 1.0])
+def test_rows_of_recordings_are_as_full_as_may_be(budgets: dict[str, int], seconds: float | None) -> None:
+    """Each is a segment of its own, as long as the source cuts them, and the model takes as many frames of it."""
+    encoder = AudioEncoderConfig(config=MUSIC["model"]["encoder"]["config"])
+    layout = Layout(Tokenizer.load("builtin:none"), Template(None, None), 0, audio=encoder.layout())
+    source = {"kind": "recordings", "path": "x", **({"seconds": seconds} if seconds else {})}
+    data = DataConfig.model_validate({"sources": [source], "context_length": 256, "budgets": budgets})
+    (pack,) = fullest_packs(layout, data)
+    lengths = [one.length for one in pack.media]
+    frames = encoder.frames(24_000) if seconds else 256
+    most = min(
+        256, budgets.get("audio_tokens", 256), budgets.get("audio_cost", 256), frames * budgets.get("audio", 256)
+    )
+    assert sum(lengths) == len(pack.tokens) == most and max(lengths) <= frames
+    assert len(lengths) <= budgets.get("audio", len(lengths)) and lengths[:-1] == [frames] * (len(lengths) - 1)
+    assert [(s.start, s.length) for s in pack.segments] == [(m.position, m.length) for m in pack.media]
+    assert [encoder.frames(one.plan["samples"]) for one in pack.media] == lengths
+    audio = Packs(layout, data, codebooks=3).batch([pack, pack]).media["audio"]
+    assert audio.codes is not None and audio.codes.shape == (audio.positions, 3) == (2 * most, 3)
+    assert len(audio.values) == audio.offsets[-1] == audio.shapes.sum()
 
 
 def large(tmp_path: Path, layers: tuple[int, int], *overrides: str) -> RunConfig:
@@ -319,6 +410,13 @@ def test_formulas_agree_with_the_products_they_stand_for() -> None:
     # The kernel makes the scores again: five products where the forward pass has two.
     assert counted(lambda: attend(SDPBackend.FLASH_ATTENTION).sum().backward()) == forward + 5 * forward // 2
 
+    # Of a grouped convolution, each group is a convolution of its own; backwards, too.
+    x, weight = torch.randn(2, 12, 50, requires_grad=True), torch.randn(16, 3, 7, requires_grad=True)
+    grouped = counted(lambda: F.conv1d(x, weight, stride=2, groups=4).sum().backward())
+    parts = list(zip(x.chunk(4, 1), weight.chunk(4), strict=True))
+    assert grouped == counted(lambda: sum(F.conv1d(*part, stride=2).sum() for part in parts).backward())  # type: ignore[union-attr]
+    assert grouped == 3 * 2 * 2 * 22 * 16 * 3 * 7
+
     ends = torch.tensor([8, 24, 32], dtype=torch.int32)
     a, b, c = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((32, 16), (3, 16, 48), (32, 48)))
     assert counted(lambda: F.grouped_mm(a, b, offs=ends)) == counted(
@@ -328,6 +426,61 @@ def test_formulas_agree_with_the_products_they_stand_for() -> None:
     assert counted(lambda: F.grouped_mm(a.view(2, 16, 16), c.view(2, 16, 48))) == counted(
         lambda: torch.bmm(a.view(2, 16, 16), c.view(2, 16, 48))
     )
+
+
+def test_an_encoder_of_clips_takes_what_stock_hubert_takes_for_each() -> None:
+    """And both what the formula says: 2 for every weight and place, and for scores and their products with values."""
+    values = {**MUSIC["model"]["encoder"]["config"], "hidden_size": 96, "num_conv_pos_embedding_groups": 8}
+    config = AudioEncoderConfig(config=values)
+    register()
+    encoder = AudioEncoder(config).eval()
+    stock = HubertModel._from_config(HubertConfig(**config.values), attn_implementation="sdpa").eval()
+    clips = [torch.randn(samples) for samples in (24_000, 12_345, 48_000)]
+
+    def counted(function: Callable[[], Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function().sum().backward()
+        return int(counter.get_total_flops())
+
+    def by_hand(samples: int) -> int:
+        """Of a forward pass."""
+        channels, total = 1, 0
+        for width, kernel, stride in zip(
+            values["conv_dim"], (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True
+        ):
+            samples = (samples - kernel) // stride + 1
+            total += samples * kernel * channels * width
+            channels = width
+        width, inner = values["hidden_size"], values["intermediate_size"]
+        a_frame = channels * width + 16 * width * width // 8 + 3 * (4 * width**2 + 2 * width * inner)
+        # With an even kernel the positional convolution gives one frame more, which is cut off.
+        return 2 * (total + samples * a_frame + 16 * width * width // 8 + 3 * 2 * samples**2 * width)
+
+    alone = [counted(lambda clip=clip: stock(clip[None]).last_hidden_state) for clip in clips]  # type: ignore[misc]
+    # Backwards twice as much, without the first convolution's input; attention makes its scores once more.
+    for clip, found in zip(clips, alone, strict=True):
+        frames, first = config.frames(len(clip)), (len(clip) - 10) // 5 + 1
+        scores = 3 * 2 * 2 * frames**2 * values["hidden_size"]
+        assert found == 3 * by_hand(len(clip)) - 2 * first * 10 * 32 + scores // 2
+    together = counted(lambda: encoder(clips).hidden)
+    assert sum(alone) < together < 1.05 * sum(alone)  # seams between clips
+
+
+def test_the_recipe_for_music_is_estimated_before_anything_is_packed() -> None:
+    found = estimate(load_config(Path(__file__).parents[2] / "configs/mert/95m.yaml"))
+    encoder = found["parameters"]["encoder"]
+    assert encoder["total"] == encoder["trained"] == 94_371_712  # of the released file
+    assert found["packs"]["from"] == "budgets" and found["steps"] == 400_000
+    rows, tokens = found["rows_per_step"], found["tokens_per_step"]
+    assert found["audio_seconds_per_step"] == pytest.approx(tokens["audio"] / 75) and tokens["text"] == 0
+    assert 0.98 * rows * 6000 < tokens["audio"] <= rows * 6000
+    # A student reads codes that are computed once; where it does not, the teacher is said to come on top.
+    assert found["not_counted"] == [] and found["gpus"][0]["hours"] > 0
+    text = Console(width=200)
+    with text.capture() as captured:
+        text.print(show(found))
+    hours = 400_000 * found["audio_seconds_per_step"] / 3600
+    assert "75 positions a second" in captured.get() and f"{hours:,.1f} h of sound" in captured.get()
 
 
 def test_the_command(tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

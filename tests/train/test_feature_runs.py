@@ -207,7 +207,7 @@ def test_the_command_says_what_it_writes_and_what_is_wrong(
     assert main(command) == 2 and "set data.features=true" in capsys.readouterr().err
     assert main([*command, ON, "--split", "test", "--json"]) == 0
     said = capsys.readouterr()
-    (found,) = json.loads(said.out.splitlines()[-1])["features"].values()
+    (found,) = json.loads(said.out.splitlines()[-1])["encoded"].values()
     assert found["split"] == "test" and found["finished"] and found["bytes"] == found["items"] * 4 * 32 * 2
     assert f"{found['items']:,} images, 256 bytes of features each, {found['bytes']:,} in all" in said.err
     assert main(["train", path, *FROZEN, data, ON, f"out={tmp_path / 'run'}"]) == 2

@@ -16,6 +16,7 @@ from test_engines import LENGTH, MODEL, batches, rows, whole_parameters
 from torch import Tensor, nn
 
 from mm.data.batch import IGNORE, MODALITIES, PackedBatch, collate
+from mm.data.sample import keyed_seed
 from mm.errors import ConfigError
 from mm.models import backbone
 from mm.models.system import GenerativeSystem, Output, PooledSystem, System
@@ -24,7 +25,7 @@ from mm.train.config import TrainConfig
 from mm.train.distributed import World
 from mm.train.guard import Guard
 from mm.train.params import parameter_groups
-from mm.train.step import ExtraPass, Stepper, count, counted, key
+from mm.train.step import ExtraPass, Stepper, count, counted
 
 FSDP = {"kind": "fsdp"}
 SPLITS = [(1, 2, {}), (1, 4, {}), (1, 1, FSDP), (2, 1, FSDP), (2, 2, FSDP), (2, 2, {**FSDP, "shard_size": 1})]
@@ -133,7 +134,7 @@ def contrastive_oracle(kind: str, dropout: float = 0.0) -> tuple[float, dict[str
     torch.manual_seed(0)
     system = TwoTowers(dropout)
     batch = collate(rows(kind), MODEL.layout(), LENGTH)
-    torch.manual_seed(key(0, "dropout", 0, 0))
+    torch.manual_seed(keyed_seed(0, "dropout", 0, 0))
     features = system(batch).features
     loss = 2.0 * ClipLoss()(features["image"], features["text"], system.scale.exp())
     loss.backward()
@@ -231,7 +232,7 @@ def test_an_extra_pass_is_the_gradient_of_drawn_labels(extra_reference: dict[str
     total, loss = 0, torch.zeros(())
     for pack in rows("mixed"):
         batch = collate([pack], MODEL.layout(), LENGTH)
-        generator = torch.Generator().manual_seed(key(0, "extra", 0, batch.ids[0]))
+        generator = torch.Generator().manual_seed(keyed_seed(0, "extra", 0, batch.ids[0]))
         keep = batch.learned()
         where = batch.segment_ids, batch.position_ids
         logits = backbone.run(system.language, system.embed(batch), *where, keep, True)

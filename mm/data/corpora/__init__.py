@@ -52,8 +52,9 @@ CORPORA = {
         127, 40, "per document", "", "mm.data.corpora.debian_text:build",
     ),
     "music": Corpus(
-        "5-second clips rendered from scores: the instrument and tempo are known exactly",
-        27, 28, "see docs/corpora.md", "soundfile", "mm.data.corpora.music:build", {"count": 200, "seed": 0},
+        "clips of 5 s, or longer, rendered from scores: the instrument and tempo are known exactly",
+        27, 28, "see docs/corpora.md", "soundfile", "mm.data.corpora.music:build",
+        {"count": 200, "seed": 0, "seconds": 5.0},
     ),
     "clips": Corpus(
         "nine short real videos, one of them with timed captions",

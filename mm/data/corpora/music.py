@@ -7,6 +7,7 @@ analysis finds for the whole score (Krumhansl and Schmuckler): an estimate, and 
 
 import importlib
 import io
+import math
 import random
 import sys
 import warnings
@@ -45,7 +46,6 @@ INSTRUMENTS = {
 }  # fmt: skip
 TEMPI = (60, 80, 100, 120, 140)
 RATE = 24_000
-SECONDS = 5.0
 WINDOWS = 2
 RENDERINGS = 2
 PERCUSSION = 9  # the channel that General MIDI keeps for it
@@ -63,15 +63,20 @@ class Note:
 
 
 def build(bench: Workbench) -> None:
-    wanted = bench.options["count"]
+    wanted, seconds = bench.options["count"], bench.options["seconds"]
     if wanted < 1:
         raise ConfigError(f"music: count is {wanted}; expected 1 or more")
+    if not 1 <= seconds <= 600:
+        raise ConfigError(f"music: seconds is {seconds:g}; expected 1 to 600")
     libraries = [bench.library(name, version) for name, version in LIBRARIES.items()]
     soundfont = (bench.unpack("timgm6mb-soundfont", SOUNDFONT.__eq__) / SOUNDFONT).read_bytes()
     with _importable(libraries), bench.shards("music") as shards:
         rng = random.Random(bench.options["seed"])
         corpus = libraries[0] / "music21" / "corpus"
-        for path in _in_turn(corpus, rng):
+        paths = list(_in_turn(corpus, rng))
+        # Of many clips each score gives more; half of the windows are expected to be full.
+        windows = max(WINDOWS, math.ceil(2 * wanted / (RENDERINGS * len(paths))))
+        for path in paths:
             if bench.counts["clips"] == wanted:
                 break
             try:
@@ -81,10 +86,13 @@ def build(bench: Workbench) -> None:
                 continue
             bench.counts["scores"] += 1
             source = path.relative_to(libraries[0]).as_posix()
-            for number, (clip, instrument, tempo) in enumerate(draw_clips(notes, rng)):
+            clips = draw_clips(notes, rng, seconds, windows)
+            if not clips:
+                bench.counts["scores without a clip: too short, or silent for a second"] += 1
+            for number, (clip, instrument, tempo) in enumerate(clips):
                 if bench.counts["clips"] == wanted:
                     break
-                audio = render(clip, INSTRUMENTS[instrument], tempo, soundfont)
+                audio = render(clip, INSTRUMENTS[instrument], tempo, seconds, soundfont)
                 voices = len({note.voice for note in clip})
                 members = {**about, "instrument": instrument, "tempo": tempo, "voices": voices}
                 members |= {"caption": caption_of(members), "source": source, "licence": LICENCE}
@@ -94,6 +102,8 @@ def build(bench: Workbench) -> None:
                 bench.counts["clips"] += 1
                 bench.counts[f"clips of {instrument}"] += 1
                 bench.progress("rendering clips", bench.counts["clips"])
+        if missing := wanted - bench.counts["clips"]:
+            bench.counts["clips short of those asked for: the scores gave no more"] = missing
 
 
 def _in_turn(corpus: Path, rng: random.Random) -> Iterator[Path]:
@@ -153,30 +163,33 @@ def _sounding(part: Any, voice: int) -> list[Note]:
     return notes
 
 
-def draw_clips(notes: list[Note], rng: random.Random) -> list[tuple[list[Note], str, int]]:
-    """Windows of a score, each for several instruments and with a tempo drawn for each: (notes, instrument, tempo).
+def draw_clips(
+    notes: list[Note], rng: random.Random, seconds: float, windows: int
+) -> list[tuple[list[Note], str, int]]:
+    """Up to `windows` of a score, each for several instruments and a tempo drawn for each: (notes, instrument, tempo).
 
-    A window starts with a note and is as many quarters long as `SECONDS` take at its tempo; it has a note in every
+    A window starts with a note and is as many quarters long as `seconds` take at its tempo; it has a note in every
     second. Notes are counted from its start.
     """
     found: list[tuple[list[Note], str, int]] = []
-    starts = sorted({note.start for note in notes})
-    for start in rng.sample(starts, min(WINDOWS, len(starts))):
+    end = max((note.end for note in notes), default=0.0)
+    starts = sorted({note.start for note in notes if note.start + seconds * TEMPI[0] / 60 <= end})
+    for start in rng.sample(starts, min(windows, len(starts))):
         for instrument in rng.sample(sorted(INSTRUMENTS), RENDERINGS):
             tempo = rng.choice(TEMPI)
-            quarters = SECONDS * tempo / 60
+            quarters = seconds * tempo / 60
             clip = [
                 Note(note.start - start, min(note.end - start, quarters), note.voice, note.pitch)
                 for note in notes
                 if start <= note.start < start + quarters
             ]
-            if all(any(int(note.start * 60 / tempo) == second for note in clip) for second in range(int(SECONDS))):
+            if all(any(int(note.start * 60 / tempo) == second for note in clip) for second in range(int(seconds))):
                 found.append((clip, instrument, tempo))
     return found
 
 
-def render(notes: list[Note], program: int, tempo: int, soundfont: bytes) -> np.ndarray:
-    """`SECONDS` of mono sound, float32 [SECONDS * RATE], never louder than full scale."""
+def render(notes: list[Note], program: int, tempo: int, seconds: float, soundfont: bytes) -> np.ndarray:
+    """So many seconds of mono sound, float32 [seconds * RATE], never louder than full scale."""
     tinysoundfont: Any = importlib.import_module("tinysoundfont")
     synth = tinysoundfont.Synth(samplerate=RATE)
     font = synth.sfload(soundfont)
@@ -188,7 +201,7 @@ def render(notes: list[Note], program: int, tempo: int, soundfont: bytes) -> np.
         channel = channels[note.voice % len(channels)]
         for position, on in ((note.start, True), (note.end, False)):
             events.append((round(position * 60 / tempo * RATE), on, channel, note.pitch))
-    total, at = int(SECONDS * RATE), 0
+    total, at = round(seconds * RATE), 0
     pieces = []
     for sample, on, channel, pitch in [*sorted(events), (total, False, 0, 0)]:
         if at < min(sample, total):

@@ -6,22 +6,24 @@ tensor has to be there, in its shape, and no other (`release.fit`).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mm.errors import CheckpointError
 from mm.models.released.release import Release, Repository, fill
+from mm.settings import Section, merge
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMATS", "Release", "fill", "find", "open_release", "tensors_of"]
+__all__ = ["FORMATS", "Release", "fill", "find", "open_release", "tensors_of", "with_released"]
 
 FORMATS = {
-    "transformers": "text_lm",
-    "prismatic": "open_qwen2vl",
-    "hf-llava": "open_qwen2vl",
+    "transformers": ("text_lm",),
+    "prismatic": ("open_qwen2vl",),
+    "hf-llava": ("open_qwen2vl",),
+    "hf": ("mert", "tagger"),
 }
-"""The formats that `mm export` writes, and the kind of model that each is for."""
+"""The formats that `mm export` writes, and the kinds of model that each is for."""
 
 
 def find(name: Path | str) -> Release | None:
@@ -31,6 +33,7 @@ def find(name: Path | str) -> Release | None:
         CheckpointError: there is no such folder, nor such a repository on the hub, or it is of an unknown format.
     """
     from mm.models.released.llava import LlavaFolder
+    from mm.models.released.mert import MODEL_TYPES, MertFolder
     from mm.models.released.prismatic import PrismaticFolder
 
     repository = Repository(str(name))
@@ -39,28 +42,57 @@ def find(name: Path | str) -> Release | None:
     about = repository.json("config.json")
     if about.get("model_type") == "llava":
         return LlavaFolder(repository, about)
+    if about.get("model_type") in MODEL_TYPES:
+        return MertFolder(repository, about)
     if isinstance(model := about.get("model"), dict) and "arch_specifier" in model:
         return PrismaticFolder(repository, about)
     raise CheckpointError(
         f"{name}: its config.json is neither that of an Open-Qwen2VL release (model.arch_specifier) nor that of a "
-        "LlavaForConditionalGeneration (model_type: llava)"
+        "LlavaForConditionalGeneration (model_type: llava), nor of MERT (model_type: mert_model, or hubert)"
     )
 
 
-def open_release(name: Path | str) -> Release:
-    """`find`, where there has to be one."""
+def open_release(name: Path | str, kind: str) -> Release:
+    """`find`, where there has to be one that becomes a system of this kind."""
     release = find(name)
     if release is None:
         raise CheckpointError(f"{name}: holds no config.json, so it is no release")
+    if release.kind != kind:
+        raise CheckpointError(f"{name}: is a release of the kind {release.kind}, expected one of the kind {kind}")
     return release
+
+
+def with_released(values: Any, kind: str, section: type[Section]) -> Any:
+    """The values of a system's section over those of the release that its key `released` names, if it names one.
+
+    When every key of the section is there, and of the sections in it, as in what a run keeps of its config, nothing is
+    left for the release to say, and it is not asked. `kind` is that of the release.
+    """
+    if not (isinstance(values, dict) and values.get("released")) or _is_whole(values, section):
+        return values
+    return merge(open_release(values["released"], kind).section(), values)
+
+
+def _is_whole(values: Any, section: type[Section]) -> bool:
+    if not isinstance(values, dict):
+        return isinstance(values, section)
+    return all(
+        name in values and (not _is_section(inner := field.annotation) or _is_whole(values[name], inner))
+        for name, field in section.model_fields.items()
+    )
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def tensors_of(release: Release) -> "dict[str, Tensor]":
     """The weights of a release by the names of its own model here, to be taken over by another one."""
     import torch
 
-    from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
+    from mm.models.config import SYSTEMS
 
+    config: Any = SYSTEMS.resolve(release.kind).model_validate(release.section())
     with torch.device("meta"):
-        system = OpenQwen2VLConfig.model_validate(release.section()).build(weights=False)
+        system = config.build(weights=False)
     return release.tensors(system)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mm.data.chat import END, SPELLINGS
 from mm.errors import CheckpointError, ConfigError
@@ -110,6 +110,7 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 class LlavaFolder:
     """A release in this layout; `about` is its config.json."""
 
+    kind: ClassVar[str] = "open_qwen2vl"
     repository: Repository
     about: dict[str, Any]
 

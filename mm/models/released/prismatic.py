@@ -11,15 +11,13 @@ Sources: github Victorwz/Open-Qwen2VL, `prismatic/models/{load,materialize}.py`,
 
 import json
 import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mm.data.tokenizer import Tokenizer
 from mm.errors import CheckpointError, ConfigError, DataError
-from mm.models.released.release import Repository, fetch, fit
+from mm.models.released.release import Repository, fetch, fit, read_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,6 +55,7 @@ RENAMED = {"projector": ("mlp_projector.", "mlp."), "llm_backbone": ("llm.", "")
 class PrismaticFolder:
     """A release in this layout; `about` is its config.json."""
 
+    kind: ClassVar[str] = "open_qwen2vl"
     repository: Repository
     about: dict[str, Any]
 
@@ -168,24 +167,10 @@ def released_name(name: str) -> str:
 
 
 def _read(path: Path) -> "dict[str, dict[str, Tensor]]":
-    """The tensors of a checkpoint by module and name, mapped rather than read where torch can. Runs nothing of it."""
-    import pickle
-
+    """The tensors of a checkpoint by module and name. Runs nothing of it."""
     import torch
 
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {named[1]}" if named else "it is no plain pickle of tensors"
-        raise CheckpointError(
-            f"{path}: holds something else than tensors ({what}); it was not loaded and nothing in it was run: get the "
-            "file from where it was published"
-        ) from None
-    except Exception as error:  # a damaged archive fails in torch, zipfile or the unpickler
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: damaged, or not saved by torch ({reason})") from None
+    loaded = read_pickle(path)
     modules = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(modules, dict) or not all(
         isinstance(part, dict) and all(isinstance(tensor, torch.Tensor) for tensor in part.values())

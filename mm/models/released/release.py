@@ -2,10 +2,13 @@
 
 import json
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from mm.errors import CheckpointError
 
@@ -20,19 +23,23 @@ if TYPE_CHECKING:
 class Release(Protocol):
     """A model as it was published."""
 
+    kind: ClassVar[str]
+    """The kind of system that it becomes here (`mm.models.config.SYSTEMS`)."""
+
     @property
-    def form(self) -> "Form":
-        """How it is asked unless somebody says."""
+    def form(self) -> "Form | None":
+        """How it is asked unless somebody says; None of a model that writes no text."""
         ...
 
     def section(self) -> dict[str, Any]:
-        """The sections `vision`, `connector`, `language` and `template` of a model's config. Reads no weights."""
+        """What it says of the config of its kind, with every setting that its weights depend on. Reads no weights."""
         ...
 
     def tensors(self, system: "nn.Module") -> "dict[str, Tensor]":
         """The weights by the names of `system.named_parameters()` (and of its buffers), on the CPU.
 
-        Raises `CheckpointError` for tensors that are missing, left over or of another shape than the system's.
+        A system may have parts of which the release says nothing (heads); those that it does describe have to fit:
+        raises `CheckpointError` for tensors that are missing, left over or of another shape than the system's.
         """
         ...
 
@@ -68,6 +75,27 @@ class Repository:
             return self.folder / file
         return fetch(self.name, file)
 
+    def first(self, *files: str) -> Path:
+        """The path of the first of these files that is to be had. Raises `CheckpointError`."""
+        if self.is_folder:
+            found = [file for file in files if self.has(file)]
+            if not found:
+                raise CheckpointError(f"{self.name}: there is no {' or '.join(files)} in this folder")
+            return self.folder / found[0]
+        for file in files[:-1]:
+            with suppress(CheckpointError):
+                return fetch(self.name, file)
+        return fetch(self.name, files[-1])
+
+    def optional_json(self, file: str) -> dict[str, Any] | None:
+        """None where the release has no such file. Raises `CheckpointError`, also where that cannot be known."""
+        if self.is_folder and not self.has(file):
+            return None
+        try:
+            return self.json(file)
+        except NoSuchFileError:
+            return None
+
     def json(self, file: str) -> dict[str, Any]:
         """Raises `CheckpointError`."""
         path = self.file(file)
@@ -85,9 +113,14 @@ class Repository:
         return path if self.is_folder and path.is_dir() else None
 
 
+class NoSuchFileError(CheckpointError):
+    """The hub was asked, and its repository has no such file."""
+
+
 def fetch(repository: str, file: str) -> Path:
     """A file of a repository of the hub, by way of the hub's cache. Raises `CheckpointError`."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise CheckpointError(
@@ -97,9 +130,37 @@ def fetch(repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises errors of a dozen libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        raise (NoSuchFileError if absent else CheckpointError)(
             f"{repository}: there is no such folder, and the hub does not give its {file} ({reason})"
         ) from None
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch saved in a file, mapped rather than read where torch can.
+
+    torch's restricted unpickler makes tensors and plain containers and runs nothing of the file.
+
+    Raises:
+        CheckpointError: it is damaged, or asks for anything else.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {named[1]}" if named else "it is no plain pickle of tensors"
+        raise CheckpointError(
+            f"{path}: holds something else than tensors ({what}); it was not loaded and nothing in it was run: get the "
+            "file from where it was published"
+        ) from None
+    except Exception as error:  # a damaged archive fails in torch, zipfile or the unpickler
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged, or not saved by torch ({reason})") from None
 
 
 def fit(

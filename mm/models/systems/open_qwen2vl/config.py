@@ -7,7 +7,7 @@ from pydantic import model_validator
 from mm.data.layout import ImageLayout, Layout, NativeLayout
 from mm.data.tokenizer import Tokenizer
 from mm.models.config import ConnectorConfig, LanguageConfig, PoolMLPConfig, TemplateConfig, VisionConfig
-from mm.settings import KindSection, Section, merge
+from mm.settings import KindSection
 
 if TYPE_CHECKING:
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
@@ -28,21 +28,9 @@ class OpenQwen2VLConfig(KindSection):
     @model_validator(mode="before")
     @classmethod
     def _takes_what_is_released(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("released") and not cls._is_whole(values):
-            from mm.models.released import open_release
+        from mm.models.released import with_released
 
-            return merge(open_release(values["released"]).section(), values)
-        return values
-
-    @classmethod
-    def _is_whole(cls, values: dict[str, Any]) -> bool:
-        """Whether nothing is left for a release to say, as in the section that a run keeps."""
-        parts: tuple[tuple[str, type[Section]], ...]
-        parts = ("vision", VisionConfig), ("language", LanguageConfig), ("template", TemplateConfig)
-        return "connector" in values and all(
-            isinstance(values.get(name), dict) and part.model_fields.keys() <= values[name].keys()
-            for name, part in parts
-        )
+        return with_released(values, "open_qwen2vl", cls)
 
     def layout(self) -> Layout:
         tokenizer = Tokenizer.load(self.language.tokenizer_name, self.language.added_tokens)
@@ -73,4 +61,4 @@ class OpenQwen2VLConfig(KindSection):
             return OpenQwen2VL(self, weights)
         from mm.models.released import fill, open_release
 
-        return fill(OpenQwen2VL(self, weights=False), open_release(self.released))
+        return fill(OpenQwen2VL(self, weights=False), open_release(self.released, "open_qwen2vl"))
