@@ -136,8 +136,8 @@ class AudioEncoder(nn.Module):
         """[1, N, D] to [1, N, D]: the positional convolution."""
         apart = self.hubert.config.num_conv_pos_embeddings // 2
         starts = accumulate((length + apart for length in lengths), initial=0)
-        places = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)])  # noqa: B905
-        places = places.to(hidden.device)
+        runs = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+        places = torch.cat(runs).to(hidden.device)
         spread = hidden.new_zeros(1, sum(lengths) + apart * len(lengths), self.width).index_copy(1, places, hidden)
         return self.hubert.encoder.pos_conv_embed(spread).index_select(1, places)
 
@@ -168,7 +168,7 @@ def _convolved(self: Any, clips: list[Tensor]) -> Tensor:
 
 
 def _normed(self: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`nn.LayerNorm.forward` in the wider of both types. Sharding gathers weights in bfloat16, and the residual stream is
-    float32; autocast makes float32 of both on a GPU, on a CPU they are an error."""
+    """`nn.LayerNorm.forward` in the wider of both types. The residual stream is float32, and sharding
+    gathers weights in bfloat16: autocast makes float32 of both on a GPU, on a CPU they are an error."""
     dtype = torch.promote_types(x.dtype, self.weight.dtype)
     return F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)

@@ -169,10 +169,13 @@ def test_however_a_step_is_split_the_run_is_the_same(
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_bf16_is_that_of_one_process(norm_first: bool, music: Callable[..., Path], ranks: Ranks, tmp_path: Path) -> None:
+def test_bf16_is_that_of_one_process(
+    norm_first: bool, music: Callable[..., Path], ranks: Ranks, tmp_path: Path
+) -> None:
     """Sharded weights are gathered in bfloat16, beside a residual stream in float32."""
     settings = ("data.test=[]", "train.precision=bf16", f"model.encoder.config.do_stable_layer_norm={norm_first}")
     for folder, processes, engine in (("one", 1, "single"), ("two", 2, "fsdp")):
-        ranks.run(train, processes, music(), (*settings, f"train.engine={{kind: {engine}}}", f"out={tmp_path / folder}"))
+        own = (f"train.engine={{kind: {engine}}}", f"out={tmp_path / folder}")
+        ranks.run(train, processes, music(), (*settings, *own))
     one, two = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("one", "two"))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-2)

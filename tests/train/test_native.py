@@ -27,7 +27,7 @@ from mm.models.config import SYSTEMS
 from mm.train.distributed import World
 from mm.train.guard import Guard
 from mm.train.metrics import read_metrics
-from mm.train.packs import Packs, fullest_pack
+from mm.train.packs import Packs, fullest_packs
 from mm.train.params import freeze, parameter_groups
 from mm.train.step import Stepper, count, counted
 from mm.train.trainer import Trainer, Unwatched
@@ -120,7 +120,7 @@ def test_an_estimate_runs_pictures_of_all_shapes(tiny_config: Callable[..., RunC
         passes(system, collate(packs, layout, config.data.context_length), config.train)
     assert sum(trace.flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
     # Before anything is packed: as many patches as a row may hold.
-    full = fullest_pack(layout, config.data)
+    (full,) = fullest_packs(layout, config.data)
     assert {tuple(one.plan["grid"]) for one in full.media} == {(4, 4)} and len(full.media) == 8
     assert Packs(layout, config.data).batch([full]).media["image"].shapes.tolist() == [[3, 32, 32]] * 8
 
