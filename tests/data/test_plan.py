@@ -100,7 +100,8 @@ def test_ledger_closes_against_a_recount(raw: Path, packed: PackedDataset, layou
     assert ledger == {
         "samples": 60, "filtered": 0, "quarantined": 0, "left_out": 0, "pieces": 0, "too_long": 0, "too_long_tokens": 0,
         "segments": pictures, "segment_tokens": masked + loss, "text_tokens": masked + loss - 4 * pictures,
-        "image": pictures, "image_tokens": 4 * pictures, "audio": 0, "audio_tokens": 0, "video": 0, "video_tokens": 0, "audio_samples": 0,
+        "image": pictures, "image_tokens": 4 * pictures, "audio": 0, "audio_tokens": 0, "video": 0, "video_tokens": 0,
+        "audio_samples": 0,
         "inserted_tokens": 2 * pictures, "loss_tokens": loss, "masked_tokens": masked,
     }  # fmt: skip
     about = packed.about
