@@ -174,7 +174,7 @@ RUNS += [Run("repacked", seed, 6.5, lambda rows: config(LOW, visits=EPOCHS)) for
 
 
 def show(rows: list[Row]) -> str:
-    """A table of means and ranges over seeds."""
+    """A table of means and ranges over seeds. `seconds` is null where other work ran beside a run."""
     by_run: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_run[row["run"]].append(row)
@@ -189,7 +189,7 @@ def show(rows: list[Row]) -> str:
             str(len(some)),
             f"{statistics.mean(row['steps'] for row in some):.0f}",
             f"{statistics.mean(row['loss_tokens'] for row in some):,.0f}",
-            spread([row["seconds"] for row in some], ".0f"),
+            spread([row["seconds"] for row in some if row["seconds"] is not None], ".0f"),
             spread([one["caption_loss"] for one in results], ".3f"),
             spread([one["shuffled_loss"] - one["caption_loss"] for one in results], "+.3f"),
             spread([100 * one["match_accuracy"] for one in results], ".1f") + " %",
