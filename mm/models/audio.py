@@ -157,14 +157,33 @@ def _convolved(self: Any, clips: list[Tensor]) -> Tensor:
         hidden = clip[None, None]
         for layer in self.conv_layers:
             conv, norm = layer.conv, getattr(layer, "layer_norm", None)
-            hidden = F.conv1d(hidden, conv.weight, conv.bias, conv.stride)
             if isinstance(norm, nn.GroupNorm):
-                hidden = F.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
-            elif norm is not None:
+                hidden = _convolved_and_normed(conv, norm, hidden)
+            else:
+                hidden = F.conv1d(hidden, conv.weight, conv.bias, conv.stride)
+            if isinstance(norm, nn.LayerNorm):
                 hidden = F.layer_norm(hidden.mT, norm.normalized_shape, norm.weight, norm.bias, norm.eps).mT
             hidden = layer.activation.forward(hidden)
         found.append(hidden[0].T)
     return torch.cat(found)
+
+
+def _convolved_and_normed(conv: nn.Conv1d, norm: nn.GroupNorm, clip: Tensor) -> Tensor:
+    """`norm(conv(clip))` of a clip [1, 1, T], for a norm over time of each channel: [1, C, L].
+
+    As one convolution. Mean and variance of w * x over time follow from the mean m and the covariance S of what the
+    kernel sees, w m and w S w: so nothing has to be worked out, and kept, from the output, which is a hundred times as large.
+    A bias of the convolution would be taken off again.
+    """
+    with torch.autocast(clip.device.type, enabled=False):
+        seen = clip[0, 0].float().unfold(0, conv.kernel_size[0], conv.stride[0])  # l k
+        mean = seen.mean(0)
+        centred = seen - mean
+        weight = conv.weight[:, 0].float()
+        variance = (weight @ (centred.T @ centred / len(seen)) * weight).sum(1)
+        weight = weight * (norm.weight.float() * torch.rsqrt(variance + norm.eps))[:, None]
+        bias = norm.bias.float() - weight @ mean
+    return F.conv1d(clip, weight[:, None], bias, conv.stride)
 
 
 def _normed(self: nn.LayerNorm, x: Tensor) -> Tensor:

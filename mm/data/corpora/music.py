@@ -110,7 +110,9 @@ def _in_turn(corpus: Path, rng: random.Random) -> Iterator[Path]:
     """Scores in random order, one of each collection in turn while it has any."""
     piles = []
     for name in COLLECTIONS:
-        pile = sorted(path for path in (corpus / name).rglob("*") if path.suffix in SCORES)
+        # Some are there in two formats; both would be the same piece.
+        found = sorted(path for path in (corpus / name).rglob("*") if path.suffix in SCORES)
+        pile = list({path.with_suffix(""): path for path in found}.values())
         rng.shuffle(pile)
         piles.append(pile)
     while any(piles):
