@@ -172,18 +172,19 @@ def _convolved_and_normed(conv: nn.Conv1d, norm: nn.GroupNorm, clip: Tensor) -> 
     """`norm(conv(clip))` of a clip [1, 1, T], for a norm over time of each channel: [1, C, L].
 
     As one convolution. Mean and variance of w * x over time follow from the mean m and the covariance S of what the
-    kernel sees, w m and w S w: so nothing has to be worked out, and kept, from the output, which is a hundred times as large.
+    kernel sees, w m and w S w: so nothing has to be worked out, and kept, from the output, which is a hundred times as
+    large. In float64, because w S w is the small rest of large numbers where neighbouring samples are nearly alike.
     A bias of the convolution would be taken off again.
     """
     with torch.autocast(clip.device.type, enabled=False):
-        seen = clip[0, 0].float().unfold(0, conv.kernel_size[0], conv.stride[0])  # l k
+        seen = clip[0, 0].double().unfold(0, conv.kernel_size[0], conv.stride[0])  # l k
         mean = seen.mean(0)
         centred = seen - mean
-        weight = conv.weight[:, 0].float()
+        weight = conv.weight[:, 0].double()
         variance = (weight @ (centred.T @ centred / len(seen)) * weight).sum(1)
-        weight = weight * (norm.weight.float() * torch.rsqrt(variance + norm.eps))[:, None]
-        bias = norm.bias.float() - weight @ mean
-    return F.conv1d(clip, weight[:, None], bias, conv.stride)
+        weight = weight * (norm.weight.double() * torch.rsqrt(variance + norm.eps))[:, None]
+        bias = norm.bias.double() - weight @ mean
+    return F.conv1d(clip, weight[:, None].float(), bias.float(), conv.stride)
 
 
 def _normed(self: nn.LayerNorm, x: Tensor) -> Tensor:
