@@ -30,6 +30,7 @@ from benchmarks.harness import Row, arguments, release, show
 from benchmarks.training import CACHE, Job, Watch, compare, learn, overhead, transformers_trainer
 from mm.config import RunConfig
 from mm.data.audio import decode_audio
+from mm.data.layout import Layout
 from mm.data.loader import PackedLoader
 from mm.data.packed import PackedMedia
 from mm.data.prepare import open_splits
@@ -129,11 +130,14 @@ class FreeCodesConfig(KindSection):
 class FreeCodes:
     """See `mm.models.teachers.Teacher`."""
 
-    medium, sizes, sampling_rate = "audio", SIZES, RATE
+    medium, sizes = "audio", SIZES
 
-    def codes(self, clips: list[Tensor], frames: list[int], hop: int) -> Tensor:
-        """int64 [sum of frames, 8]."""
-        return free_codes(sum(frames)).to(clips[0].device)
+    def check(self, layout: Layout) -> None:
+        """Of any recordings."""
+
+    def codes(self, items: list[Tensor], lengths: list[int], layout: Layout) -> Tensor:
+        """int64 [sum of lengths, 8]."""
+        return free_codes(sum(lengths)).to(items[0].device)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "free"}

@@ -137,6 +137,7 @@ def share(text: str) -> float:
 
 
 def inspect(args: argparse.Namespace) -> Result:
+    from mm.config import load_config
     from mm.data.inspect import inspect_page, summary
     from mm.data.packed import PackedDataset
     from mm.data.tokenizer import Tokenizer
@@ -144,7 +145,10 @@ def inspect(args: argparse.Namespace) -> Result:
     dataset = PackedDataset(Path(args.data))
     if args.check:
         return check(args, dataset)
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    tokenizer = None
+    if args.tokenizer:
+        a_config = Path(args.tokenizer).suffix in (".yaml", ".yml")
+        tokenizer = load_config(args.tokenizer).model.layout().tokenizer if a_config else Tokenizer.load(args.tokenizer)
     page = Path(args.out) if args.out else Path(f"inspect-{Path(args.data).resolve().name}.html")
     page.write_text(inspect_page(dataset, tokenizer, args.rows))
     say(args, f"wrote {page}: open it in a browser")
@@ -179,7 +183,8 @@ def generate(args: argparse.Namespace) -> Result:
     decoding = Decoding(
         args.max_new_tokens, **sampling, beams=args.beams, stop=tuple(args.stop), stop_ids=tuple(args.stop_id)
     )
-    if bool(args.prompts) == bool(args.prompt or args.image):
+    drawing = answers.drawing_of(args.pictures, args.draw, args.guidance)
+    if bool(args.prompts) == bool(args.prompt or args.image) and (args.prompts or not args.draw):
         raise ConfigError("give --prompt, --image or both, or --prompts FILE for many")
     if args.prompts:
         rows, folder = answers.read_rows(Path(args.prompts)), Path(args.prompts).parent
@@ -194,10 +199,10 @@ def generate(args: argparse.Namespace) -> Result:
     prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system, after_media=after_media)
     live = sys.stdout.isatty() and not (args.json or args.prompts or args.beams > 1)
     stream = partial(print, end="", flush=True) if live else None
-    answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream, args.precision)
+    answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream, args.precision, drawing)
     if args.out:
         model = (args.path, weights_digest(system), args.template, args.tokens, args.precision)
-        about = (*model, form, args.system, decoding, args.seed)
+        about = (*model, form, args.system, decoding, args.seed, drawing)
         with Display() as display:
             progress = partial(display.packing, "answering")
             answers.write_answers(Path(args.out), rows, answer, args.batch, about, progress)
@@ -206,6 +211,8 @@ def generate(args: argparse.Namespace) -> Result:
     found = []
     for row in (row for part in answers.answered(rows, answer, args.batch) for row in part):
         say(args, json.dumps(row, ensure_ascii=False) if args.prompts else "" if live else row["answer"])
+        for picture in [] if args.prompts else row.get("pictures", []):
+            say(args, f"drawn: {picture}")
         found.append(row)
     return {"form": form, "answers": found}
 
@@ -551,7 +558,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("data", help="a packed split: a folder with dataset.json")
     sub.add_argument("--rows", type=int, default=16, help="rows to draw (16)")
     sub.add_argument("--check", action="store_true", help="instead of a page: verify every checksum, layout and sum")
-    sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji")
+    sub.add_argument("--tokenizer", help="to show text: a folder, hub name or builtin:emoji, or the model's config")
     sub.add_argument("--out", help="the page (inspect-NAME.html)")
     sub = command(generate, "let a trained model answer: prompts of text and pictures, one or a file of many")
     add_model(sub)
@@ -573,6 +580,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     sub.add_argument("--stop", action="append", default=[], help="a text that ends the answer, cut off; repeatable")
     sub.add_argument("--stop-id", action="append", default=[], type=int, help="a token id that does; repeatable")
+    help = "let the model draw, if its pictures are tokens: PNG files go to this folder"
+    sub.add_argument("--pictures", metavar="FOLDER", help=help)
+    sub.add_argument("--draw", action="store_true", help="with --pictures: begin with a picture")
+    help = "with --pictures: above 1 the prompt counts for more in what is drawn (1)"
+    sub.add_argument("--guidance", type=float, default=1.0, help=help)
     add_precision(sub)
     sub = command(evaluate, "run a model on published benchmarks (docs/evaluation.md)", name="eval")
     add_model(sub)
@@ -627,7 +639,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(export, "write a model in a published format")
     add_model(sub)
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
-    formats = ("transformers", "prismatic", "hf-llava", "hf")
+    formats = ("transformers", "prismatic", "hf-llava", "hf", "janus-vq")
     sub.add_argument("--to", choices=formats, help="the format, where several fit")
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")

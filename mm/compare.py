@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
+APART = {"loss": "Loss: {}", "loss_from": "Loss on {}"}
+"""What a chart is called of one of the keys under a prefix; by default by its `Quantity`."""
 START = 0.1
 """The steep fall of the first steps may lie above the chart: so much of the axis does not count for its height."""
 
@@ -129,11 +131,14 @@ def _charts(runs: list[_Run], axis: _Axis) -> dict[str, Any]:
     """`loss` and `validation`: large charts (None where nothing was logged); `others`; `width`: of the smoothing."""
     end = max((series(run.rows, "loss", axis.key) or [(0.0, 0.0)])[-1][0] for run in runs)
     width = SMOOTHING * end
-    prefixes = [quantity.prefix for quantity in QUANTITIES if quantity.prefix and not quantity.key]
-    keys = list(dict.fromkeys(key for prefix in prefixes for run in runs for key in keys_under(run.rows, prefix)))
+    objectives = _objectives(runs)
     split = [
-        Quantity(key, key.replace("loss/", "Loss: ").replace("loss_from/", "Loss on "), three, "end") for key in keys
+        Quantity(key, APART.get(one.prefix, f"{one.name}: {{}}").format(key.partition("/")[2]), one.write, one.told)
+        for one in QUANTITIES
+        if one.prefix and not one.key
+        for key in _logged(runs, one.prefix)
     ]
+    split += [Quantity(f"validation/{one}", f"Validation loss: {one}", three, "end") for one in objectives]
     whole = [quantity for quantity in QUANTITIES if quantity.key]
     others = []
     for quantity in [*split, *whole]:
@@ -150,6 +155,15 @@ def _charts(runs: list[_Run], axis: _Axis) -> dict[str, Any]:
         "others": others,
         "width": axis.write(width).replace(THIN, " "),
     }
+
+
+def _logged(runs: list[_Run], prefix: str) -> list[str]:
+    """The keys `prefix/…` that some run has."""
+    return list(dict.fromkeys(key for run in runs for key in keys_under(run.rows, prefix)))
+
+
+def _objectives(runs: list[_Run]) -> list[str]:
+    return [key.partition("/")[2] for key in _logged(runs, "loss")]
 
 
 def _lines(runs: list[_Run], key: str, x: str) -> list[Line]:
@@ -231,6 +245,9 @@ def _results(runs: list[_Run]) -> list[_Result]:
         values = sorted(y for _, y in points)
         return values[len(values) // 2]
 
+    def last_value(points: Points) -> float:
+        return points[-1][1]
+
     def lowest(points: Points) -> float:
         return min(y for _, y in points)
 
@@ -251,8 +268,12 @@ def _results(runs: list[_Run]) -> list[_Result]:
             "Training loss", f"at {short(shortest)} tokens, where the shortest run ends, {over}",
             [mean_before(p, shortest, window) for p in losses], loss, min,
         ),
-        _result("Validation loss", "last", of("validation_loss", lambda points: points[-1][1]), loss, min),
+        _result("Validation loss", "last", of("validation_loss", last_value), loss, min),
         _result("Validation loss", "lowest", of("validation_loss", lowest), loss, min),
+        *(
+            _result(f"Validation loss: {one}", "last", of(f"validation/{one}", last_value), loss, min)
+            for one in _objectives(runs)
+        ),
         *(
             _result(name, "test split", [one.get(key) for one in evals], write, better)
             for key, name, write, better in (

@@ -44,6 +44,9 @@ class StageConfig(Section):
     """`package.module:function`, called with the tensors of the stage before by name and this stage's model; returns
     the tensors to load into it: to grow, upcycle or re-tokenise. By default tensors are taken over by name, and
     position embeddings of vision towers resampled."""
+    carry_on: bool = False
+    """The data go on where the stage before left them, rather than from their beginning: the same set and mixture, no
+    pack again before all have been seen. The rows of a step may be others."""
 
     def settings(self) -> dict[str, Any]:
         return self.model_dump(include={"data", "model", "train", "evaluation"})
@@ -91,6 +94,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         )
         at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
         problems += contradictions(_validate(whole, path, at))
+        if number == 0 and config.stages[0].carry_on:
+            problems.append((("stages", 0, "carry_on"), "there is no stage before whose data it could go on with"))
         problems += [
             (("stages", number, "train", key), "is the whole run's: set it above the stages")
             for key in ("engine", "device", "hang_timeout", "profile", "trackers", "save_every", "keep", "keep_every")
@@ -146,6 +151,19 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         "train.micro_batch",
         f"{train.micro_batch} does not divide the {rows} rows of a step "
         f"(train.batch_tokens {train.batch_tokens} / data.context_length {data.context_length})",
+    )
+    together = getattr(getattr(config.model, "routing", None), "routing_rows", None) or 1
+    rule(
+        trains and train.micro_batch % together != 0,
+        "train.micro_batch",
+        f"{train.micro_batch} is no multiple of the {together} rows that choose together (model's routing_rows)",
+    )
+    over = getattr(train.engine, "expert_parallel", 1)
+    groups = getattr(getattr(config.model, "experts", None), "groups", {})
+    rule(
+        any(experts % over for experts in groups.values() if experts > 1),
+        "train.engine.expert_parallel",
+        f"{over} does not divide the experts of every group ({', '.join(f'{n}: {e}' for n, e in groups.items())})",
     )
     rule(
         train.max_steps is not None and getattr(train.schedule, "warmup", 0) > train.max_steps,

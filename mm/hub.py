@@ -34,6 +34,8 @@ def load(
         mm.load("runs/mine")                       a run (its newest checkpoint), or one checkpoint
         mm.load("weizhiwang/Open-Qwen2VL")         a release of Open-Qwen2VL, by its name on the hub or its folder
         mm.load("m-a-p/MERT-v1-95M")               a release of MERT: an encoder; heads and teacher are not released
+        mm.load("facebook/chameleon-7b")           a release of Chameleon, or a folder as Meta's own code reads it: the
+                                                   language model alone
         mm.load("exported")                        a LLaVA folder with a SigLIP tower, or a HuBERT folder, such as
                                                    `mm export` writes
 
@@ -60,7 +62,9 @@ def load(
 
     config: Any
     if (release := released.find(path)) is not None:
-        model = SYSTEMS.resolve(release.kind).model_validate({"released": str(path)})
+        kind: Any = SYSTEMS.resolve(release.kind)
+        values = {"released": str(path)} if "released" in kind.model_fields else release.section()
+        model = kind.model_validate(values)
         config = ReleaseConfig(_changed(model, template, tokens), release.form)
         system = config.model.build()
     else:
@@ -97,8 +101,8 @@ def export(
 
     Args:
         to: `transformers`, a plain folder of a text_lm; `prismatic`, as Open-Qwen2VL was released; `hf-llava`, for
-            stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers. Needed where a
-            model fits several.
+            stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers; `janus-vq`, a vq
+            model as its `JanusVQVAE`, which `model.teacher` takes too. Needed where a model fits several.
         template, tokens: as in `load`.
 
     Returns:
@@ -109,7 +113,7 @@ def export(
         CheckpointError: there is none.
     """
     from mm.models.answers import form_of
-    from mm.models.released import FORMATS, llava, mert, prismatic, transformers
+    from mm.models.released import FORMATS, janus_vq, llava, mert, prismatic, transformers
 
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another --out or remove it")
@@ -122,6 +126,8 @@ def export(
         choices = f"it can be written as {' or '.join(fitting)}, with --to" if fitting else "no format takes it"
         wanted = f" is not for --to {to}" if to else ""
         raise ConfigError(f"{path}: a model of the kind {model.kind}{wanted}: {choices}")
+    if getattr(system, "sparsity", None) is not None:
+        raise ConfigError(f"{path}: a model with experts or mixture of depths; no format has a place for them")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -131,6 +137,8 @@ def export(
             note = transformers.write(system.language, layout, partial)
         elif to == "prismatic":
             prismatic.write(system, layout, model, partial, out.name, form_of(config))
+        elif to == "janus-vq":
+            note = janus_vq.write(system, partial)
         elif to == "hf-llava":
             note = llava.write(system, layout, model, partial, form_of(config))
         else:

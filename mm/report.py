@@ -270,6 +270,9 @@ def _headlines(results: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     validation = series(rows, "validation_loss")
     if validation and "caption_loss" not in results:
         found.append((f"{validation[-1][1]:.3f}", f"validation loss at step {validation[-1][0]:,.0f}"))
+    for kind in ("text", "image"):
+        if held_out := series(rows, f"validation/{kind}"):
+            found.append((f"{held_out[-1][1]:.3f}", f"nats per {kind} token in the last validation"))
     last = rows[-1] if rows else {}
     if last.get("tokens"):
         learned = f", {short(last['loss_tokens'])} of them learned" if "loss_tokens" in last else ""
@@ -360,7 +363,7 @@ class Quantity:
     others: tuple[str, ...] = ()
     """More keys of the same chart."""
     prefix: str = ""
-    """Keys `prefix/…` belong to the same chart."""
+    """Keys `prefix/…`, and `validation/prefix/…`, belong to the same chart."""
     names: tuple[str, ...] = ()
     """What the keys are called in a legend; by default see `NAMES`."""
 
@@ -370,13 +373,21 @@ QUANTITIES = (
     Quantity("", "Loss by source", three, "end", prefix="loss_from"),
     Quantity("lr", "Learning rate", three, "peak", prefix="lr"),
     Quantity("grad_norm", "Gradient norm, before clipping", three, prefix="grad_norm"),
+    Quantity(
+        "output_norm", "Norm of the last layer's output", three, others=("validation/output_norm",),
+        names=("training", "validation"),
+    ),
+    Quantity("", "Tokens without an expert", percent, prefix="unrouted"),
+    Quantity("", "Tokens with one expert", percent, prefix="once"),
+    Quantity("", "Tokens with several experts", percent, prefix="more"),
+    Quantity("", "Tokens of the busiest expert, of the mean one's", percent, prefix="busiest"),
     Quantity("sound_per_second", "Seconds of sound a second", three),
     Quantity("tokens_per_second", "Tokens a second", short, others=("loss_tokens_per_second",)),
     Quantity("mfu", "Share of the accelerators' peak (MFU)", percent),
     Quantity("memory_gb", "Peak memory, GB", three, "peak", others=("host_memory_gb",)),
     Quantity("pack_fill", "Pack fill", percent),
     Quantity("data_wait", "Time spent waiting for data", lambda x: percent(x, 2)),
-)
+)  # fmt: skip
 NAMES = {
     "grad_norm": "all", "lr": "base", "tokens_per_second": "all", "loss_tokens_per_second": "learned",
     "memory_gb": "accelerator", "host_memory_gb": "host",
@@ -392,13 +403,16 @@ COUNTED_BY = ("tokens", "tokens_from", "validation")
 
 def lines_of(rows: Rows, quantity: Quantity, x: str = "step") -> list[Line]:
     """The curves of its chart: those that were logged."""
-    keys = [quantity.key, *quantity.others, *(keys_under(rows, quantity.prefix) if quantity.prefix else [])]
+    held_out = f"validation/{quantity.prefix}"
+    training, validation = (keys_under(rows, one) if quantity.prefix else [] for one in (quantity.prefix, held_out))
+    keys = [quantity.key, *quantity.others, *training, *validation]
     logged: list[tuple[str, Points]] = []
     for key in keys:
         points = series(rows, key, x)
         if points and all(points != other for _, other in logged):  # `lr` is that of one of the groups
             logged.append((key, points))
-    names = {**NAMES, **dict(zip(keys, quantity.names, strict=False))}
+    names = {key: f"{key.removeprefix(held_out)[1:]}, validation" for key in validation}
+    names |= NAMES | dict(zip(keys, quantity.names, strict=False))
     return [Line(names.get(key, key.partition("/")[2]), points, n) for n, (key, points) in enumerate(logged)]
 
 
@@ -544,9 +558,13 @@ def _parts(about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sample(run: Path, sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample with its picture as data; None where the picture is gone, or lies outside the run."""
-    path = (run / str(sample.get("image", ""))).resolve()
-    inside = path.is_relative_to(run.resolve()) and path.is_file()
-    uri = thumbnail(path.read_bytes(), path.suffix[1:]) if inside else None
+    """A sample with its picture, and the one that the model drew, as data; None where it is gone, or lies outside the
+    run."""
+
+    def picture(key: str) -> str | None:
+        path = (run / str(sample.get(key, ""))).resolve()
+        inside = path.is_relative_to(run.resolve()) and path.is_file()
+        return thumbnail(path.read_bytes(), path.suffix[1:]) if inside else None
+
     words = {key: str(sample.get(key, "")) for key in ("id", "prompt", "true", "generated")}
-    return {**words, "picture": uri}
+    return {**words, "picture": picture("image"), "drawn": picture("drawn")}

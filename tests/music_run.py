@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mm.data.batch import PackedBatch, collate
+from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.loader import EMPTY
 from mm.data.packed import Pack, join_segments
 from mm.data.sample import Media
 from mm.data.tokens import make_segment
 from mm.models.systems.mert.config import MertConfig
+from mm.models.teachers import require_rate
 from mm.settings import KindSection
 
 RATE = 24_000
@@ -49,10 +51,14 @@ class LoudnessConfig(KindSection):
 class Loudness:
     medium = "audio"
     sizes = (6, 4)
-    sampling_rate = RATE
 
-    def codes(self, clips: list[Tensor], frames: list[int], hop: int) -> Tensor:
-        pieces = torch.cat([clip.unfold(0, hop, hop)[:count] for clip, count in zip(clips, frames, strict=True)])
+    def check(self, layout: Layout) -> None:
+        require_rate(layout, RATE)
+
+    def codes(self, items: list[Tensor], lengths: list[int], layout: Layout) -> Tensor:
+        assert layout.audio is not None
+        hop = layout.audio.hop
+        pieces = torch.cat([clip.unfold(0, hop, hop)[:count] for clip, count in zip(items, lengths, strict=True)])
         level = pieces.square().mean(1).sqrt()
         crossings = (pieces[:, 1:] * pieces[:, :-1] < 0).float().mean(1)
         return torch.stack([(12 * level).long().clamp(max=5), (6 * crossings).long().clamp(max=3)], dim=1)

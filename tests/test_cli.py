@@ -159,6 +159,9 @@ def test_commands_end_to_end_with_json(
         "inspect", str(tmp_path / "packed/train"), "--tokenizer", "builtin:emoji", "--out", str(page), "--rows", "3"
     )
     assert inspected["packs"] == packed["train"]["packs"] and page.read_text().count("<html") == 1
+    by_name = page.read_text()
+    result("inspect", str(tmp_path / "packed/train"), "--tokenizer", config, "--out", str(page), "--rows", "3")
+    assert page.read_text() == by_name
     trained = result("train", config, "train.max_steps=2")
     assert trained["test_items"] == 93
     run = str(tmp_path / "run")

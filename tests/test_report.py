@@ -371,6 +371,33 @@ def test_a_model_of_sound_shows_objectives_metrics_and_seconds(tmp_path: Path) -
         assert text not in words, text
 
 
+def expert_run(folder: Path, shift: float = 0.0) -> Path:
+    """Of a model with experts for text and for pictures."""
+    rows = metrics(40)
+    for row in rows:
+        row |= {"loss/next_token": row["loss"], "loss/text": 3.0 + shift, "loss/image": 4.0, "output_norm": 17.5}
+        row |= {"unrouted/text": 0.32, "unrouted/image": 0.31, "once/text": 0.42, "more/text": 0.26}
+    for row in rows[9::10]:
+        row |= {"validation/text": 3.125 + shift, "validation/image": 4.25, "validation/unrouted/text": 0.0625}
+        row |= {"validation/output_norm": 18.5}
+    return write_run(folder, {"run.json": RUN}, rows)
+
+
+def test_experts_and_modalities_have_charts(tmp_path: Path) -> None:
+    words = Page(report_page(expert_run(tmp_path / "run"))).words
+    for text in (
+        "3.125nats per text token in the last validation", "4.250nats per image token",
+        "text 3", "image 4.25", "Tokens without an expert", "text 32.0 %", "image 31.0 %", "text, validation 6.2 %",
+        "Tokens with one expert", "Tokens with several experts", "Norm of the last layer", "training 17.5",
+        "validation 18.5",
+    ):  # fmt: skip
+        assert text in words, text
+    page, _ = compare_page([expert_run(tmp_path / "a"), expert_run(tmp_path / "b", shift=0.25)])
+    words = Page(page).words
+    for text in ("Loss: text", "Validation loss: image", "Tokens without an expert: image", "3.1250", "3.3750"):
+        assert text in words, text
+
+
 def test_masks_are_drawn_by_the_runs_rule(tmp_path: Path) -> None:
     page = report_page(sound_run(tmp_path / "run"))
     drawn = re.findall(r'<svg class="masks" viewBox="0 0 (\d+) 1".*?</svg>', page)

@@ -1,17 +1,23 @@
 """Studies: every run once, rows kept, and what was stopped goes on."""
 
+import gzip
+import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tiny_run import TINY
 
 from benchmarks import study
-from benchmarks.studies import mert
+from benchmarks.studies import mert, moma
 from benchmarks.study import Row, Run, Study
 from mm.config import RunConfig
+from mm.data.packed import PackedDataset
+from mm.data.prepare import pack_split
 
 
 def config(steps: int) -> dict[str, Any]:
@@ -112,3 +118,127 @@ def test_the_music_study_keeps_pieces_apart_and_fits_its_time(tmp_path: Path, mo
     shown = mert.show(rows)
     assert shown.count("0.500 (0.400 to 0.600)") == 6 and shown.count("+0.500 (+0.400 to +0.600)") == 3
     assert "| full | 1 | 3 | 60 | 9.250 |" in shown and "9 clips of 3 test pieces" in shown and mert.show([])
+
+
+def write_corpora(folder: Path) -> None:
+    """Eight emoji in four groups, one of them with a skin tone; 32 stamps and drawings of 16 kinds; 40 documents."""
+
+    def shard(path: Path, files: dict[str, dict[str, Any]]) -> None:
+        path.parent.mkdir()
+        with tarfile.open(path, "w") as tar:
+            for number, (key, about) in enumerate(files.items()):
+                picture = io.BytesIO()
+                Image.new("RGB", (100, 80), (5 * number, 90, 200)).save(picture, "PNG")
+                mert.add(tar, f"{key}.json", json.dumps(about).encode())
+                mert.add(tar, f"{key}.png", picture.getvalue())
+
+    def captions(text: str) -> list[dict[str, str]]:
+        return [{"language": "de", "text": "auf Deutsch"}, {"language": "en", "text": text}]
+
+    shard(folder / "emoji/emoji-0.tar", {
+        f"{n}": {"captions": captions(f"emoji {n}"), "group": f"{n // 2}", "skin_tones": int(n == 7)} for n in range(8)
+    })  # fmt: skip
+    kinds = [f"{one}{number}" for one in "abcdefgh" for number in (1, 2)]
+    shard(folder / "stamps/images-0.tar", {f"animals-{one}": {"captions": captions(f"a {one}")} for one in kinds})
+    shard(folder / "clipart/clipart-0.tar", {f"things-{one}": {"caption": f"the {one}"} for one in kinds})
+    (folder / "debian-text").mkdir()
+    with gzip.open(folder / "debian-text/words-0.jsonl.gz", "wt") as file:
+        for n in range(400):
+            text = f"document {n}: " + "words " * 1500
+            about = {"id": f"words/{n}", "language": "en" if n % 2 else "fr", "text": text}
+            file.write(json.dumps(about) + "\n")
+
+
+def test_the_experts_study_has_its_groups_apart_and_its_modalities_even(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moma, "CORPORA", tmp_path)
+    monkeypatch.setattr(moma, "DATA", tmp_path / "data")
+    assert all(n % moma.EVERY == 0 for n in (moma.STEPS, moma.SEED_STEPS))
+    monkeypatch.setattr(moma, "STEPS", 4)  # for which there are pictures here
+    monkeypatch.setattr(moma, "SEED_STEPS", 2)
+    with pytest.raises(SystemExit, match="mm data build emoji --out"):
+        moma.write_splits()
+    write_corpora(tmp_path)
+    moma.write_splits()
+    groups: dict[str, set[str]] = {}
+    for split in moma.SPLITS:
+        with tarfile.open(tmp_path / f"data/pictures-{split}.tar") as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        captions = [json.loads(data)["caption"] for name, data in files.items() if name.endswith("json")]
+        times = moma.CUTTINGS if split == "train" else 1
+        assert all(captions.count(one) == times for one in captions) and "auf Deutsch" not in captions
+        assert "emoji 7" not in captions, "it has a skin tone"
+        groups[split] = {one if one.startswith("emoji") else one[:-1] for one in captions}
+        groups[split] = {f"emoji {int(one[6:]) // 2}" if one.startswith("emoji") else one for one in groups[split]}
+        assert all(Image.open(io.BytesIO(data)).size == (64, 64) for name, data in files.items() if "jpg" in name)
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 20
+    texts = [
+        json.loads(line)["text"]
+        for split in moma.SPLITS
+        for line in gzip.open(tmp_path / f"data/text-{split}.jsonl.gz", "rt")
+    ]
+    assert len(texts) == len(set(texts)) and all(int(one.split(":")[0][9:]) % 2 for one in texts)
+    assert len(texts) / 200 == pytest.approx(moma.DOCUMENTS, abs=0.08)
+
+    (tmp_path / "data/vq").mkdir()
+    about = {"model_type": "janus_vqgan", "num_embeddings": 256, "channel_multiplier": [1, 1, 2, 2], "num_patches": 8}
+    (tmp_path / "data/vq/config.json").write_text(json.dumps(about))
+    raw = RunConfig.model_validate({**moma.config("dense", data=moma.raw_data()), "out": "unused"})
+    pack_split(raw.data, "train", raw.model.layout(), 0, tmp_path / "data/packed/train")
+    packed = PackedDataset(tmp_path / "data/packed/train")
+    tokens = {name: 0.0 for name in moma.KINDS}
+    for source, share in moma.shares().items():
+        counts = packed.about["ledger"][source]
+        image = counts["image_tokens"] + 2 * counts["image"]
+        tokens["image"] += share * image / counts["segment_tokens"]
+        tokens["text"] += share * (1 - image / counts["segment_tokens"])
+    assert tokens["text"] == pytest.approx(tokens["image"], abs=1e-3)
+
+    whole = {arm: RunConfig.model_validate({**moma.config(arm), "out": "x"}) for arm in moma.MINUTES}
+    steps = {arm: sum(one.train.max_steps or 0 for one in run.stage_runs()) for arm, run in whole.items()}
+    assert steps == {**dict.fromkeys(whole, moma.STEPS), "dense": moma.LONGER * moma.STEPS}
+    seed, upcycled = whole["upcycled"].stage_runs()
+    assert (seed.model.experts.groups, upcycled.model.experts.groups) == (moma.ARMS["1t1i"], moma.ARMS["4t4i"])
+    assert whole["dense"].model.experts is None and whole["upcycled"].stages[1].carry_on
+    assert sum(run.minutes for run in moma.RUNS) + 20 <= 180, "20 for the VQ model and codes"
+    moma.flops.cache_clear()
+    per_step = {arm: moma.flops(arm) for arm in ("dense", "4t4i")}
+    moma.flops.cache_clear()
+    assert 0.9 < per_step["4t4i"] / per_step["dense"] < 1.01, "routers beyond the MLPs, which no padding goes through"
+
+
+def law_row(run: str, seed: int, points: int, better: dict[str, float]) -> Row:
+    """Loss 20 - log(FLOPs times a factor by modality) a token, and a number of each pool's own, the same for all."""
+
+    def sums(kind: str, flops: float) -> list[float]:
+        return [100 * (20 + pool % 3 - math.log(better[kind] * flops)) for pool in range(moma.POOLS)]
+
+    found: list[dict[str, Any]] = []
+    for n in range(1, points + 1):
+        choice = {kind: sums(kind, n * 1e6) for kind in moma.KINDS}
+        found.append({"step": 75 * n, "flops": n * 1e6, "auxiliary_flops": n * 1e4, "choice": choice})
+        if run == "4t4i":
+            found[-1]["auxiliary"] = {kind: sums(kind, n * 5e5) for kind in moma.KINDS}
+    tokens = dict.fromkeys(moma.KINDS, [100] * moma.POOLS)
+    return {"run": run, "seed": seed, "seconds": 60.0, "result": {"tokens": tokens, "points": found}}
+
+
+def test_the_experts_study_reads_savings_off_the_dense_curve() -> None:
+    spent = [1.0, 2.0, 8.0]
+    losses = [10 - math.log(one) for one in spent]
+    assert moma.needed(spent, losses, 10 - math.log(3)) == (pytest.approx(3), True)
+    assert moma.needed(spent, losses, 11) == (1, True) and moma.needed(spent, losses, 7) == (8, False)
+    better = {"text": 1.5, "image": 2.5}
+    dense = law_row("dense", 0, 16, dict.fromkeys(moma.KINDS, 1.0))
+    ours = law_row("4t4i", 0, 8, better)
+    assert moma.saving(dense, ours, "choice", "text") == [(pytest.approx(1.5, abs=1e-3), True)]
+    assert moma.saving(dense, ours, "choice", "all") == [(pytest.approx(math.sqrt(1.5 * 2.5), abs=2e-3), True)]
+    assert moma.saving(dense, ours, "auxiliary", "text") == [(pytest.approx(0.75, abs=1e-3), True)]
+    assert moma.saving(dense, ours, "choice", "image") == [(pytest.approx(2), False)], "the curve ends there"
+    shown = moma.show([dense, ours, law_row("8x", 1, 8, better)])
+    # What is of a pool is so for both curves, and draws change nothing.
+    assert "| 4t4i | 1.94 (1.94 to 1.94; 1.94 to 1.94) | 1.50 (1.50 to 1.50; 1.50 to 1.50) | more than 2.00" in shown
+    assert "| 4t4i, auxiliary routers | 0.97" in shown and "| *4t4i in the paper: 1.4B, 1T tokens* | *3.7*" in shown
+    assert "| 8x | 1 | 600 |" in shown and "| 8x | 1.94" not in shown, "its seed has no dense run yet"
+    assert moma.show([]) == ""

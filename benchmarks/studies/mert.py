@@ -133,7 +133,7 @@ def config(arm: str, rows: Sequence[Row] = ()) -> Config:
             "max_steps": STEPS,
             "batch_tokens": 2 * CONTEXT,
             "micro_batch": 2,
-            "optimizer": {"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01},
+            "optimizer": {"kind": "adamw", "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01},
             "schedule": {"kind": "linear", "warmup": 0.08},
             "clip_norm": 10,
             "log_every": 10,

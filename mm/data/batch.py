@@ -416,7 +416,7 @@ def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.n
                 first = max(a, segment.start + 1)
                 labels[row, first - 1 : b - 1] = ids[row, first:b]
         for one in pack.media:
-            modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
+            modality[row, settings.layout.span(one.kind, one.position, one.length)] = MODALITIES[one.kind]
 
 
 def decoded_shape(media: PackedMedia, layout: Layout, where: str) -> tuple[int, ...]:

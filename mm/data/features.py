@@ -125,7 +125,8 @@ def require_same_each_time(layout: Layout, medium: str, role: Role) -> None:
 def describe(layout: Layout, medium: str, decoder: Decoder, settings: Mapping[str, Any], weights: str) -> Origin:
     """An `Origin` from the settings of a network and a digest of its weights."""
     about = asdict(getattr(layout, medium))
-    about.pop("alone", None)  # how text is spelt around it
+    for spelt in ("alone", "learned"):  # what rows do with it
+        about.pop(spelt, None)
     for drawn in ("crop", "flip"):
         about.get("transform", {}).pop(drawn, None)
     decoding = {} if medium == "audio" else {"decoder": decoder}  # there is one decoder of sound

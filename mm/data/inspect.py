@@ -6,8 +6,9 @@ them, and the ledger is held against the index.
 
 import io
 import json
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,10 @@ from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.tokenizer import Tokenizer
 from mm.data.video import decode_video
 from mm.errors import DataError
-from mm.page import histogram, ledger_rows, render, seconds_of_samples, thumbnail
+from mm.page import data_uri, histogram, ledger_rows, render, seconds_of_samples, thumbnail
+
+if TYPE_CHECKING:
+    from mm.data.features import Beside
 
 NAMES = {"image": "images", "audio": "recordings", "video": "clips"}
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -28,6 +32,8 @@ QUARANTINED_SHOWN = 200
 SMALL = ImageTransform(96, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 SOUND_BYTES = 12_000_000
 """Of all players of a page, an equal part for every row."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Of the circle of hues, from a code to the next: numbers that are near each other have other colours."""
 
 
 def summary(dataset: PackedDataset) -> dict[str, Any]:
@@ -50,6 +56,16 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
         "loss_share": round(loss_tokens / tokens, 6),
         "segment_length": _percentiles(_segment_lengths(dataset)),
         "row_fill": _percentiles(_column(index, "tokens") / context_length),
+        "codes": [
+            {
+                "folder": one.folder.name,
+                "medium": one.medium,
+                "codebooks": one.width,
+                "of": one.about["origin"]["kind"],
+                **{name: one.about[name] for name in ("items", "positions", "unreadable")},
+            }
+            for one in _codes(dataset)
+        ],
         "ledger": about["ledger"],
         "ledger_open": [f"{row['source']}: {line}" for row in _ledger(dataset) for line in row["open"]],
     }
@@ -68,7 +84,10 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
         )
     context_length = about["settings"]["context_length"]
     shown = _spread(dataset.source_numbers(), rows)
-    packs = [_Row.of(int(number), dataset, tokenizer, SOUND_BYTES // len(shown)) for number in shown]
+    codes = _codes(dataset)
+    read = PackedDataset(dataset.folder)
+    read.read_beside(codes[-1] if codes else None)
+    packs = [_Row.of(int(number), read, tokenizer, SOUND_BYTES // len(shown)) for number in shown]
     step = 2 ** max(0, int(np.ceil(np.log2(context_length / 8))))
     return render(
         "inspect.html.j2",
@@ -94,8 +113,33 @@ def inspect_page(dataset: PackedDataset, tokenizer: Tokenizer | None, rows: int 
             "layout": json.dumps(about["layout"], indent=2, ensure_ascii=False),
             "provenance": json.dumps(about["provenance"], indent=2, ensure_ascii=False),
             "quarantined": _quarantined(dataset),
+            "codes": "\n".join(json.dumps(one.about, indent=2, ensure_ascii=False) for one in codes),
         },
     )
+
+
+def _codes(dataset: PackedDataset) -> list["Beside"]:
+    """The whole sets of a teacher's codes beside the split, the newest last."""
+    if not any(dataset.folder.glob("codes-*")):
+        return []
+    from mm.data.features import CODES, Beside  # torch, which nothing else here needs
+
+    folders = sorted(CODES.sets(dataset.folder), key=lambda folder: (folder / CODES.about).stat().st_mtime_ns)
+    return [Beside(folder, CODES, len(dataset)) for folder in folders]
+
+
+def drawn_codes(codes: np.ndarray) -> str:
+    """A PNG as an address, a pixel a code in a colour of its own: uint16 [T, 1] of a square of patches as that square,
+    [T, K] else as a row for each codebook."""
+    side = math.isqrt(len(codes))
+    square = codes.shape[1] == 1 and side > 1 and side * side == len(codes)
+    numbers = codes.reshape(side, side) if square else codes.T
+    pixels = np.empty((*numbers.shape, 3), dtype=np.uint8)
+    pixels[..., 0] = numbers * GOLDEN % 1 * 256
+    pixels[..., 1], pixels[..., 2] = 120 + numbers % 3 * 50, 150 + numbers % 4 * 30
+    out = io.BytesIO()
+    Image.frombytes("HSV", numbers.shape[::-1], pixels.tobytes()).convert("RGB").save(out, "PNG")
+    return data_uri(out.getvalue(), "image/png")
 
 
 def _spread(sources: np.ndarray, rows: int) -> np.ndarray:
@@ -121,7 +165,8 @@ def _thumbnail(media: PackedMedia) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Text between media, or one medium, in a segment's order. `learned`: the loss is on it."""
+    """Text between media, one medium, or a token around one (`mark`), in a segment's order. `learned`: the loss is on
+    it."""
 
     text: str
     learned: bool
@@ -137,11 +182,13 @@ class _Segment:
     pieces: list[_Piece]
     thumbnails: list[str | None]
     sounds: list[Sound | None]
+    codes: list[str]
+    """Drawings, of each medium that has any."""
 
     @property
     def words(self) -> str:
         """What shows when the pointer rests on it."""
-        text = "".join(piece.text for piece in self.pieces).strip()
+        text = "".join(piece.text for piece in self.pieces if piece.kind == "text").strip()
         counts = f"{self.id}: {self.length} tokens, {self.loss_tokens} learned"
         return f"{counts}\n{text}" if text else counts
 
@@ -191,19 +238,23 @@ class _Row:
                 shown.append(uri := _thumbnail(one))
                 media.append(_Medium(one.kind, one.position, one.length, end - one.position, uri, f"{id} ({one.kind})"))
 
+        marks = dataset.about["layout"]["template"].get("around_image") or ()
+
         def of_segment(index: int, audio: bool) -> list[Any]:
             pairs = zip(pack.media, shown, strict=True)
             return [it for one, it in pairs if one.segment == index and (one.kind == "audio") == audio]
 
+        spelt = {} if tokenizer is None else {tokenizer.id(mark): mark for mark in marks}
         segments = [
             _Segment(
                 segment.id,
                 segment.start,
                 segment.length,
                 sum(stop - start for start, stop in _learned(segment)),
-                [] if tokenizer is None else _pieces(pack, index, tokenizer),
+                [] if tokenizer is None else _pieces(pack, index, tokenizer, spelt),
                 of_segment(index, audio=False),
                 of_segment(index, audio=True),
+                [drawn_codes(one.codes) for one in pack.media if one.segment == index and one.codes is not None],
             )
             for index, segment in enumerate(pack.segments)
         ]
@@ -224,19 +275,25 @@ def _learned(segment: PackedSegment) -> list[tuple[int, int]]:
     return [(max(start, segment.start + 1), stop) for start, stop in segment.loss]
 
 
-def _pieces(pack: Pack, index: int, tokenizer: Tokenizer) -> list[_Piece]:
-    """A segment's text, cut where media stand and where learning begins or ends."""
+def _pieces(pack: Pack, index: int, tokenizer: Tokenizer, marks: dict[int, str]) -> list[_Piece]:
+    """A segment's text, cut where media stand and where learning begins or ends. `marks`: the tokens around pictures,
+    which are shown, as other special tokens are not."""
     segment = pack.segments[index]
     media = {one.position: one for one in pack.media if one.segment == index and one.length}
     edges = {segment.start, segment.start + segment.length}
     edges |= {edge for span in segment.loss for edge in span}
     edges |= {edge for one in media.values() for edge in (one.position, one.position + one.length)}
+    own = range(segment.start, segment.start + segment.length)
+    edges |= {edge for place in own if int(pack.tokens[place]) in marks for edge in (place, place + 1)}
     pieces = []
     for start, stop in zip(sorted(edges), sorted(edges)[1:], strict=False):
+        learned = any(a <= start < b for a, b in segment.loss)
         if start in media:
-            pieces.append(_Piece("", False, media[start].kind))
+            pieces.append(_Piece("", learned, media[start].kind))
+        elif (mark := marks.get(int(pack.tokens[start]))) is not None:
+            pieces.append(_Piece(mark, learned, "mark"))
         elif text := tokenizer.decode(pack.tokens[start:stop].tolist()):
-            pieces.append(_Piece(text, any(a <= start < b for a, b in segment.loss)))
+            pieces.append(_Piece(text, learned))
     return pieces
 
 

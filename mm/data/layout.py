@@ -28,6 +28,14 @@ class Template:
     """See `mm.data.chat`."""
     system: str | None = None
     """The system turn of conversations without one; None: that of `chat`; empty: none."""
+    around_image: tuple[str, str] | None = None
+    """Begin and end of a picture: tokens around its positions, and part of it."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a packed set depends on."""
+        about = asdict(self)
+        around = about.pop("around_image")
+        return about if around is None else {**about, "around_image": list(around)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class ImageLayout:
     tokens: int
     cost: int
     transform: ImageTransform
+    learned: bool = False
+    """Its positions are targets, in documents: the model is to draw it, and knows by itself what belongs there."""
 
     def count(self, header: ImageHeader) -> tuple[int, int]:
         """(positions in the row, encoder tokens) of a picture with this header."""
@@ -61,7 +71,7 @@ class ImageLayout:
 
     def describe(self) -> dict[str, Any]:
         """What a packed set depends on."""
-        return {"tokens": self.tokens, "cost": self.cost}
+        return {"tokens": self.tokens, "cost": self.cost, **({"learned": True} if self.learned else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +181,15 @@ class Layout:
         """The media that the model takes."""
         return tuple(kind for kind in ("image", "audio", "video") if getattr(self, kind) is not None)
 
+    def learns(self, kind: str) -> bool:
+        """Whether the positions of a medium are targets in documents."""
+        return kind == "image" and isinstance(self.image, ImageLayout) and self.image.learned
+
+    def span(self, kind: str, position: int, length: int) -> slice:
+        """The row positions of a medium with the tokens around it."""
+        around = int(kind == "image" and self.template.around_image is not None)
+        return slice(position - around, position + length + around)
+
     def smallest(self, kind: str) -> tuple[tuple[int, ...], int, int]:
         """(shape of the decoded values, positions in the row, encoder tokens) of the least item of a medium."""
         if kind == "image" and self.image is not None:
@@ -187,7 +206,7 @@ class Layout:
         image, audio, video = self.image, self.audio, self.video
         return {
             "tokenizer": self.tokenizer.fingerprint(),
-            "template": asdict(self.template),
+            "template": self.template.describe(),
             "pad": self.pad,
             "image": image and image.describe(),
             "audio": audio and asdict(audio),

@@ -18,6 +18,7 @@ from mm.data.mixture import Draw, Mixture, MixtureConfig, Policy, SourceInfo
 from mm.data.pack import balance
 from mm.data.packed import Pack, PackedDataset, PackReader, without
 from mm.data.workers import run_workers
+from mm.errors import ConfigError
 
 EMPTY = Pack(np.empty(0, dtype=np.int32), (), ())
 """A row of padding."""
@@ -66,6 +67,11 @@ class PackedLoader:
         quarantine: damaged media lose their loss in place rather than raising `DataError`.
         decoder: `exact` or `fast`, of pictures and frames.
         pin_memory: hand out batches in page-locked memory, for copies to a GPU beside its work.
+        together: so many packs that follow each other in the sequence do so in a batch, whatever the ranks and batches;
+            the first of them is in a row whose number it divides, and rows of padding fill up where some are missing.
+        by_modality: ranks are given positions of text and of each medium evenly, rather than encoder cost.
+
+    Raises `ConfigError` where `rows` or `micro_batch` is no multiple of `together`.
     """
 
     def __init__(
@@ -84,7 +90,15 @@ class PackedLoader:
         quarantine: bool = False,
         decoder: Decoder = "exact",
         pin_memory: bool = False,
+        together: int = 1,
+        by_modality: bool = False,
     ) -> None:
+        for name, number in (("of a step (train.batch_tokens)", rows), ("of train.micro_batch", micro_batch or 0)):
+            if number % together:
+                raise ConfigError(
+                    f"the {number} rows {name} are no multiple of the {together} that stay together (routing_rows); "
+                    "change one of the two"
+                )
         about = dataset.about["settings"]
         self._single = about["packing"] == "single"
         row_length = None if self._single else about["context_length"]
@@ -92,12 +106,12 @@ class PackedLoader:
         self.mixture = Mixture(source_infos(dataset), mixture, seed, policy)
         self.step = 0
         self._dataset = dataset
-        self._costs = dataset.encoder_costs()
+        self._costs = dataset.modality_costs() if by_modality else dataset.encoder_costs()
         self._tokens = dataset.index["tokens"].to_numpy()
-        if self._single:  # rows differ in length, too
+        if self._single and not by_modality:  # rows differ in length, too
             self._costs = np.stack([self._costs, self._tokens], axis=1)
-        self._rank, self._ranks = rank, ranks
-        share = -(-rows // ranks)
+        self._rank, self._ranks, self._together = rank, ranks, together
+        share = -(-rows // (together * ranks)) * together
         self._micro_batch = min(micro_batch or share, share)
         self.micro_batches = -(-share // self._micro_batch)
         """Batches in a step, the same on every rank."""
@@ -171,14 +185,19 @@ class PackedLoader:
                 break
         if not drawn:
             return
-        ranks = balance(self._costs[[draw.pack for draw in drawn]], self._ranks)
-        mine: list[Draw | None] = [draw for draw, rank in zip(drawn, ranks, strict=True) if rank == self._rank]
+        starts = range(0, len(drawn), self._together)
+        units = [drawn[start : start + self._together] for start in starts]
+        costs = np.add.reduceat(self._costs[[draw.pack for draw in drawn]], starts)
+        mine = [unit for unit, rank in zip(units, balance(costs, self._ranks), strict=True) if rank == self._rank]
         if self._single:  # micro-batches of rows that are alike in length
-            mine.sort(key=lambda draw: self._tokens[draw.pack])  # type: ignore[union-attr]
-        mine += [None] * (self.micro_batches * self._micro_batch - len(mine))
+            mine.sort(key=lambda unit: max(self._tokens[draw.pack] for draw in unit))
+        rows: list[Draw | None] = []
+        for unit in mine:
+            rows += [*unit, *[None] * (self._together - len(unit))]
+        rows += [None] * (self.micro_batches * self._micro_batch - len(rows))
         after = self._current()
         for number in range(self.micro_batches):
-            part = mine[number * self._micro_batch : (number + 1) * self._micro_batch]
+            part = rows[number * self._micro_batch : (number + 1) * self._micro_batch]
             places = [None if draw is None else self._dataset.place(draw.pack) for draw in part]
             draws = [(self.seed, -1 if draw is None else draw.position) for draw in part]
             yield _Request(places, draws, after if number == self.micro_batches - 1 else None)

@@ -373,7 +373,7 @@ def pack_stream(costs: Iterable[Sequence[int]], capacities: Sequence[int], windo
 
 
 def balance(costs: np.ndarray, ranks: int) -> np.ndarray:
-    """Share the rows of one step between ranks so that encoder cost is even: the largest row first, to the idlest rank.
+    """Share the rows of one step between ranks so that cost is even: the largest row first, to the idlest rank.
 
     Every rank gets R // ranks rows, the first R % ranks one more. Of several costs each counts by its part of the
     step's total, and a rank is as busy as its worst. Row after row in turn is kept where that happens to be more even.

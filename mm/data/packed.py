@@ -372,6 +372,13 @@ class PackedDataset:
         """[packs] encoder tokens of all media."""
         return sum(self.index[f"{kind}_cost"].to_numpy() for kind in ("image", "audio", "video"))
 
+    def modality_costs(self) -> np.ndarray:
+        """[packs, 4] positions of text, image, audio and video, as a batch's `modality` has them."""
+        media = np.stack([self.index[f"{kind}_tokens"].to_numpy() for kind in ("image", "audio", "video")], axis=1)
+        if self.about["layout"]["template"].get("around_image"):
+            media[:, 0] += 2 * self.index["image"].to_numpy()
+        return np.insert(media, 0, self.index["tokens"].to_numpy() - media.sum(axis=1), axis=1)
+
 
 def read_ids(path: Path) -> frozenset[str]:
     """Sample ids, one a line. Raises `DataError` where there is no such file."""

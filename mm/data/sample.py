@@ -107,9 +107,11 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     left_out: int = 0
     """Media of the document that the source left out."""
+    text_first: float = 0.0
+    """Chance that a visit sees all text before the media."""
 
     def drawn(self, seed: int, visit: int) -> tuple[Visible, ...]:
-        """The parts with every choice made: a pure function of (seed, visit, id).
+        """The parts with every choice made, and in order: a pure function of (seed, visit, id).
 
         Choices walk through a seeded permutation, so n visits see each of n options once.
         """
@@ -120,6 +122,8 @@ class Sample:
                 parts += part.options[order[visit % len(order)]]
             else:
                 parts.append(part)
+        if self.text_first and keyed_rng(seed, visit, self.id, "text first").random() < self.text_first:
+            parts.sort(key=lambda part: isinstance(part, Media))  # stable: else the order stays
         return tuple(parts)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import string
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol
 
@@ -26,7 +27,7 @@ from mm.data.shards import Group, Shard, expand, open_shard, stem
 from mm.data.tables import TokenFile, sniff
 from mm.data.video import VIDEO_EXTENSIONS
 from mm.errors import DataError
-from mm.settings import Kinds, KindSection
+from mm.settings import Kinds, KindSection, Number
 
 MEDIA_EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
     "image": IMAGE_EXTENSIONS,
@@ -172,6 +173,9 @@ class PairsConfig(TextTemplates):
     """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
     captions: Literal["draw", "all"] = "draw"
     """`draw`: one of the captions a visit; `all`: every caption is a sample of its own."""
+    text_first: Number = Field(default=0, ge=0, le=1)
+    """Share of visits that see prompt and caption before the medium, drawn anew for each: with pictures that are
+    learned, from text to picture. Chameleon, MoMa: 0.5."""
 
 
 class CaptionsConfig(PairsConfig):
@@ -219,19 +223,20 @@ class Pairs(TemplatesSource):
     def __init__(self, config: PairsConfig, kind: MediaKind, root: str, timed: bool = False, min_side: int = 1) -> None:
         super().__init__(config, config.caption, root)
         self._kind, self._all, self._timed, self._min_side = kind, config.captions == "all", timed, min_side
+        self._text_first = config.text_first
 
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
         id = sample_id(self.name, group)
         where = f"{id} in {group.shard.path}"
         media = self._media(group, self._kind, where)
         fields = self._fields(group, where, limits)
+
+        def sample(id: str, *parts: Part) -> Sample:
+            return Sample(id, parts, fields, text_first=self._text_first)
+
         if self._timed:
             return [
-                Sample(
-                    f"{id}#{k}",
-                    (Media(media.kind, media.data, media.ext, span), *self._texts(one, where, limits)),
-                    fields,
-                )
+                sample(f"{id}#{k}", replace(media, span=span), *self._texts(one, where, limits))
                 for k, (span, one) in enumerate(_timed(fields, where))
                 if self._wanted(one)
             ]
@@ -240,8 +245,8 @@ class Pairs(TemplatesSource):
             return []  # left out, and counted so
         options = tuple(self._texts({**fields, **caption}, where, limits) for caption in captions)
         if self._all and len(options) > 1:
-            return [Sample(f"{id}#{k}", (media, *option), fields) for k, option in enumerate(options)]
-        return [Sample(id, (media, Choice(options)) if len(options) > 1 else (media, *options[0]), fields)]
+            return [sample(f"{id}#{k}", media, *option) for k, option in enumerate(options)]
+        return [sample(id, media, Choice(options)) if len(options) > 1 else sample(id, media, *options[0])]
 
     def _captions(self, group: Group, fields: Fields, where: str, limits: Limits) -> list[Fields]:
         """The captions as objects with a `text` that says something, if the templates ask for one."""

@@ -13,6 +13,8 @@ from mm.errors import DataError
 
 PAD = "<pad>"
 """The one token of `builtin:none`, and the first of labels."""
+PLACES = ("tokenizer.json", "text_tokenizer.json", "../../tokenizer/text_tokenizer.json")
+"""Of a tokenizer from the folder that is named; the last two as Chameleon was released (`models/7b`, `tokenizer`)."""
 
 
 class Tokenizer:
@@ -87,7 +89,7 @@ class Tokenizer:
         if found is None:
             raise DataError(
                 f"tokenizer {self.name}: there is no token {token!r}; add it to model.language.added_tokens, or, for a "
-                "model without spare rows, name another one in model.template.bos, eos or pad"
+                "model without spare rows, name another one in model.template.bos, eos, pad or around_image"
             )
         return int(found)
 
@@ -101,6 +103,11 @@ class Tokenizer:
         return hashlib.sha256(canonical).hexdigest()[:16]
 
 
+def chameleon_code(code: int) -> str:
+    """What Chameleon's vocabulary calls a code of its picture tokenizer: the digits as letters, `IMGIMGBAZ` for 10."""
+    return f"IMGIMG{str(code).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z"
+
+
 def _tokenizer_file(name: str) -> Path:
     if name.startswith("builtin:"):
         try:
@@ -109,9 +116,10 @@ def _tokenizer_file(name: str) -> Path:
             raise DataError(f"tokenizer {name}: {error}") from None
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "tokenizer.json").is_file():
+        found = [path for place in PLACES if (path := folder / place).is_file()]
+        if not found:
             raise DataError(f"tokenizer {name}: the folder holds no tokenizer.json")
-        return folder / "tokenizer.json"
+        return found[0]
     from huggingface_hub import hf_hub_download
 
     try:

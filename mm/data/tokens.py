@@ -55,7 +55,7 @@ class Segment:
     """Half-open spans of positions that the model learns to predict."""
     media: tuple[SegmentMedia, ...]
     inserted: int = 0
-    """Special tokens that the template put in: begin and end of text, marks of turns."""
+    """Special tokens that the template put in: begin and end of text and of pictures, marks of turns."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,10 +68,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of text tokens, one medium (`ids` are its placeholders), or a special token of the template (`inserted`).
+    """A run of text tokens, one medium (its placeholders and what is around them), or a special token of the template.
 
-    `starts`: gives the character of `text` that each token starts at. `quality` [n]: how well the text may be cut
-    before each token, 0 (inside a word) to 4 (a new paragraph).
+    `starts`: gives the character of `text` that each token starts at. `media`: its position is one in `ids`. `quality`
+    [n]: how well the text may be cut before each token, 0 (inside a word) to 4 (a new paragraph). `inserted`: how many
+    of the ids are special tokens of the template.
     """
 
     ids: np.ndarray
@@ -80,7 +81,7 @@ class Unit:
     starts: Callable[[], list[int]] | None = None
     media: SegmentMedia | None = None
     quality: np.ndarray | None = None
-    inserted: bool = False
+    inserted: int = 0
 
 
 class DoesNotFit(DataError):
@@ -93,9 +94,11 @@ def make_segment(
     """Lay out drawn parts by the layout's template.
 
     A document is bos, the parts in order, eos. Text that follows media opens with `template.after_media`; adjacent text
-    with the same `loss` is tokenised as one run. The end-of-text token is a target wherever the last text is. A
-    conversation, which has a `Turn` among its parts, is what `mm.data.chat` makes of it. Not `closed`, the document or
-    the last turn is left open: a conversation that ends with `Turn("assistant")` is a prompt for an answer.
+    with the same `loss` is tokenised as one run. A picture stands between the tokens of `template.around_image`; where
+    the layout says that pictures are learned, these and its placeholders are targets, though not in conversations. The
+    end-of-text token is a target wherever the last text, or such a picture behind it, is. A conversation, which has a
+    `Turn` among its parts, is what `mm.data.chat` makes of it. Not `closed`, the document or the last turn is left
+    open: a conversation that ends with `Turn("assistant")` is a prompt for an answer.
 
     Raises `DataError` for unreadable media.
     """
@@ -109,7 +112,7 @@ def join_units(units: list[Unit]) -> Segment:
     at = 0
     for unit in units:
         if unit.media is not None:
-            media.append(replace(unit.media, position=at))
+            media.append(replace(unit.media, position=at + unit.media.position))
         if unit.loss and len(unit.ids):
             start = loss.pop()[0] if loss and loss[-1][1] == at else at
             loss.append((start, at + len(unit.ids)))
@@ -124,7 +127,7 @@ def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) ->
     Every piece opens with bos, the last ends with eos; together they hold every token once, in order. A medium that
     does not fit in a piece of its own raises `DoesNotFit`.
     """
-    inner = [n for n, unit in enumerate(units) if not unit.inserted] or [0]
+    inner = [n for n, unit in enumerate(units) if unit.media or not unit.inserted] or [0]
     opening, closing = units[: inner[0]], units[inner[-1] + 1 :]
     most = {**capacities, "tokens": capacities["tokens"] - len(opening) - len(closing)}
     pieces: list[list[Unit]] = [[]]
@@ -196,16 +199,14 @@ def read_units(
 ) -> list[Unit]:
     """Text tokenised and media probed: all that laying out takes time for. Raises `DataError`."""
     units = []
+    is_document = not is_chat(parts)
     for part in _spelt(parts, layout, where, closed):
         if isinstance(part, Media):
             one = _probe(part, layout, where, limits)
-            units.append(Unit(np.full(one.length, layout.pad, dtype=np.int32), False, media=one))
+            units.append(_media_unit(one, layout, where, is_document and layout.learns(one.kind)))
         elif isinstance(part, Special):
-            try:
-                ids = [layout.tokenizer.id(part.token)]
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            units.append(Unit(np.array(ids, dtype=np.int32), part.loss, inserted=True))
+            ids = [_token(part.token, layout, where)]
+            units.append(Unit(np.array(ids, dtype=np.int32), part.loss, inserted=1))
         elif isinstance(part, Tokens):
             if len(part.ids) and (part.ids.min() < 0 or part.ids.max() >= len(layout.tokenizer)):
                 raise DataError(
@@ -219,6 +220,23 @@ def read_units(
     return units
 
 
+def _media_unit(one: SegmentMedia, layout: Layout, where: str, learned: bool) -> Unit:
+    """The placeholders of a medium, a picture's between the tokens that the template has for that."""
+    around = (layout.template.around_image or ()) if one.kind == "image" else ()
+    ids = np.full(one.length + len(around), layout.pad, dtype=np.int32)
+    if around:
+        ids[[0, -1]] = [_token(token, layout, where) for token in around]
+        one = replace(one, position=1)
+    return Unit(ids, learned, media=one, inserted=len(around))
+
+
+def _token(token: str, layout: Layout, where: str) -> int:
+    try:
+        return layout.tokenizer.id(token)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
 def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool) -> list[Spelt]:
     """All that stands in the row, in order; neighbouring text of one `loss` joined."""
     if is_chat(parts):
@@ -228,9 +246,18 @@ def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool)
         return _text_runs(parts, "")
     spelt = _text_runs(parts, template.after_media)
     if closed and template.eos is not None:
-        # The end of text is learned where the last text is.
-        spelt.append(Special(template.eos, next((p.loss for p in reversed(spelt) if not isinstance(p, Media)), True)))
+        spelt.append(Special(template.eos, _ends_learned(spelt, layout)))
     return spelt if template.bos is None else [Special(template.bos), *spelt]
+
+
+def _ends_learned(spelt: list[Spelt], layout: Layout) -> bool:
+    """Whether the end of a document is: as its last text, or a picture behind that which is learned."""
+    for part in reversed(spelt):
+        if not isinstance(part, Media):
+            return part.loss
+        if layout.learns(part.kind):
+            return True
+    return True
 
 
 def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentMedia:

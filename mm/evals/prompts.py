@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mm.data.layout import Layout
-from mm.data.sample import Media, Text, Tokens, Turn
+from mm.data.sample import Media, Special, Text, Tokens, Turn
 from mm.errors import DataError
 from mm.evals.items import Item, Task
 from mm.models.generate import Decoding, Form, Prompt, without_breaks
@@ -72,6 +72,8 @@ def spelt(prompt: Prompt, layout: Layout) -> str:
             shown.append(f"[{part.role}] ")
         elif isinstance(part, Tokens):
             shown.append("".join(map(layout.tokenizer.token, part.ids.tolist())))
+        elif isinstance(part, Special):
+            shown.append(part.token)
         else:
             in_document = not any(isinstance(one, Turn) for one in prompt)
             shown.append((layout.template.after_media if after_media and in_document else "") + part.text)

@@ -2,17 +2,22 @@
 
 Rows go through the model a batch at a time. What is written to a file is there after every batch, beside its place and
 under a name made of all that decides the answers; so a command that was stopped goes on when it is given again, and
-samples what it would have sampled.
+samples what it would have sampled. Pictures that a model draws are PNG files in a folder, which rows name.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mm.data.layout import Layout
 from mm.data.limits import Limits
@@ -21,12 +26,31 @@ from mm.data.packed import PackedDataset
 from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.files import fsync
+from mm.models.decode import decode, to_draw
 from mm.models.generate import Decoding, Form, Precision, Prompt, autocast, chat_prompt, generate, raw_prompt
 from mm.models.system import GenerativeSystem
 
 Row = dict[str, Any]
-Answer = Callable[[list[Row], int], list[str]]
-"""From rows and the number of the first to their answers."""
+Answer = Callable[[list[Row], int], list[Row]]
+"""From rows and the number of the first to what is added to each: its `answer`, and what was drawn, `pictures`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """That a model may draw, and where. `first`: it begins with a picture. `guidance`: see `decode`."""
+
+    folder: Path
+    first: bool = False
+    guidance: float = 1.0
+
+
+def drawing_of(folder: str | None, first: bool, guidance: float) -> Drawing | None:
+    """None without a folder. Raises `ConfigError` for settings of drawing without one, and for no guidance at all."""
+    if not guidance >= 0:
+        raise ConfigError(f"guidance {guidance}: expected 0 or more")
+    if folder is None and (first or guidance != 1):
+        raise ConfigError("--draw and --guidance are for drawing: give --pictures FOLDER with them")
+    return None if folder is None else Drawing(Path(folder), first, guidance)
 
 
 def read_picture(path: Path | str, limits: Limits = Limits()) -> Media:  # noqa: B008
@@ -115,22 +139,45 @@ def answerer(
     seed: int,
     stream: Callable[[str], None] | None = None,
     precision: Precision = "fp32",
+    drawing: Drawing | None = None,
 ) -> Answer:
     """A model as a function of rows. What is sampled depends on the seed, the first row's number and the batch."""
 
-    def answer(rows: list[Row], first: int) -> list[str]:
+    def answer(rows: list[Row], first: int) -> list[Row]:
         torch.manual_seed(seed + first)
+        prompts = [prompt(row) for row in rows]
         with autocast(system, precision):
-            return generate(system, layout, [prompt(row) for row in rows], decoding, stream=stream)
+            if drawing is None:
+                return [{"answer": text} for text in generate(system, layout, prompts, decoding, stream=stream)]
+            if drawing.first:
+                prompts = [to_draw(one, layout) for one in prompts]
+            found = decode(system, layout, prompts, decoding, stream=stream, pictures=True, guidance=drawing.guidance)
+        return [
+            {"answer": one.text, "pictures": [str(save_picture(picture, drawing.folder)) for picture in one.pictures]}
+            for one in found
+        ]
 
     return answer
 
 
+def save_picture(pixels: np.ndarray, folder: Path) -> Path:
+    """Write uint8 [H, W, 3] as a PNG file of a number that is free."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in count(len(list(folder.iterdir())) + 1):
+        path = folder / f"{number:05}.png"
+        with suppress(FileExistsError), open(path, "xb") as file:
+            file.write(data.getbuffer())
+            break
+    return path
+
+
 def answered(rows: Sequence[Row], answer: Answer, batch: int, first: int = 0) -> Iterator[list[Row]]:
-    """Rows from the number `first` on with their `answer`, a batch at a time."""
+    """Rows from the number `first` on with what is added to them, a batch at a time."""
     for start in range(first, len(rows), batch):
         part = list(rows[start : start + batch])
-        yield [{**row, "answer": text} for row, text in zip(part, answer(part, start), strict=True)]
+        yield [row | added for row, added in zip(part, answer(part, start), strict=True)]
 
 
 def write_answers(

@@ -15,7 +15,7 @@ Three implementations of one function, equal in outputs and gradients (tests/mod
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,20 @@ class Packing:
     scope: Tensor
     implementation: str
     causal: bool = True
+
+    def select(self, places: Tensor) -> "Packing":
+        """That of some positions, int64 [n] in rising order."""
+        return _ready(replace(self, scope=self.scope[places]))
+
+    def padding(self) -> "Packing":
+        """That of one position that belongs to nothing."""
+        return _ready(replace(self, scope=torch.zeros_like(self.scope[:1])))
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float
+    ) -> Tensor:
+        """`packed_attention`, for a layer of a model. One that decodes has a memory of its own (`mm.models.decode`)."""
+        return packed_attention(query, key, value, self, scale, dropout)
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor]]:
@@ -112,7 +126,10 @@ def packing(
     number = segment_ids.long() if isolate_segments else (segment_ids > 0).long()
     row = torch.arange(rows, device=segment_ids.device)[:, None]
     scope = torch.where(number > 0, row * (length + 1) + number, 0).reshape(-1)
-    made = Packing(scope, implementation or choose_implementation(segment_ids.device), causal)
+    return _ready(Packing(scope, implementation or choose_implementation(segment_ids.device), causal))
+
+
+def _ready(made: Packing) -> Packing:
     if made.implementation == "flex":
         made.block_mask  # noqa: B018  made here, once: torch.compile cannot trace the cache from inside a layer
     return made
@@ -215,7 +232,7 @@ def _for_transformers(
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise ValueError(f"packed attention has no {name}")
-    out = packed_attention(query, key, value, packing, scaling, dropout)
+    out = packing.attend(module, query, key, value, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -13,11 +13,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import mm.models.chameleon  # noqa: F401  transformers has no causal language model of this type: ours is made known
 from mm.data.batch import PackedBatch
 from mm.errors import ConfigError
 from mm.models import attention
+from mm.models.attention import Packing
 from mm.models.config import LanguageConfig
-from mm.models.objectives import linear_cross_entropy_losses, next_token_losses
+from mm.models.objectives import linear_cross_entropy_terms, next_token_losses
+from mm.models.released.chameleon import consolidated
+from mm.models.routing import Routing
 
 
 def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
@@ -33,7 +37,9 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
         auto = transformers.AutoModelForCausalLM
         options = {"dtype": "float32", "attn_implementation": implementation}
         try:
-            if weights:
+            if (release := consolidated(name)) is not None:
+                model = release.language(implementation, weights)
+            elif weights:
                 model = auto.from_pretrained(name, **options)
             else:
                 model = auto.from_config(transformers.AutoConfig.from_pretrained(name), **options)
@@ -67,40 +73,58 @@ def from_config(values: dict[str, Any], implementation: str) -> Any:
 
 def run(
     model: Any, embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, keep: Tensor, isolate: bool,
-    implementation: str | None = None,
+    implementation: str | None = None, routing: Routing | None = None, packing: Packing | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits at chosen positions of packed rows.
 
     Args:
         embeddings: [B, L, D]; segment_ids, position_ids: [B, L]; keep: int64 [K], flat positions (row * L + position).
+        routing: of a model with experts or mixture of depths.
+        packing: another than that of the segments, where there is a memory of positions before these.
 
     Returns:
         [K, V]. The rows are flattened into one, so that the head runs on the K positions alone.
     """
-    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation)
+    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation, routing, packing)
     return model(**inputs, logits_to_keep=keep).logits[0]
 
 
-def token_losses(model: Any, embeddings: Tensor, batch: PackedBatch) -> Tensor:
-    """-log p in nats, float32 [K], of the batch's K targets, row by row.
+def token_losses(
+    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0
+) -> Tensor:
+    """-log p in nats, float32 [K], of the batch's K targets, row by row; see `token_terms`."""
+    return token_terms(model, embeddings, batch, routing, z)[0]
+
+
+def token_terms(
+    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-log p in nats, float32 [K], of the batch's K targets, row by row: with what z adds, and without that and a
+    gradient.
 
     Whole logits are not made, unless the model does more with its head's output than scale it.
+
+    Args:
+        routing: of a model with experts or mixture of depths.
+        z: what is added to a loss is z * (log of the sum of all exp(logit))^2.
     """
     keep = batch.learned()
     targets = batch.labels.flatten()[keep]
     where = batch.segment_ids, batch.position_ids
     head, factor = model.get_output_embeddings(), model.logit_factor
     if factor is None or not isinstance(head, nn.Linear):  # adapters replace the layer
-        return next_token_losses(run(model, embeddings, *where, keep, batch.isolate_segments), targets)
-    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments))[keep]
+        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing)
+        losses = next_token_losses(logits, targets, z)
+        return losses, next_token_losses(logits.detach(), targets) if z else losses.detach()
+    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments, routing=routing))[keep]
 
-    def losses(hidden: Tensor) -> Tensor:
-        return linear_cross_entropy_losses(hidden, head.weight, head.bias, targets)
+    def terms(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy_terms(hidden, head.weight, head.bias, targets, z)
 
     # The head is called as a module, with the loss for its forward: engines that keep weights in parts gather them in
     # hooks around a module's call, and outside of it there may be nothing in `head.weight`.
     before = vars(head).get("forward")
-    vars(head)["forward"] = losses
+    vars(head)["forward"] = terms
     try:
         return head(hidden if factor == 1 else hidden * factor)
     finally:
@@ -111,8 +135,9 @@ def token_losses(model: Any, embeddings: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def _inputs(
-    embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, isolate: bool, implementation: str | None = None
-) -> dict[str, Any]:
+    embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, isolate: bool, implementation: str | None = None,
+    routing: Routing | None = None, packing: Packing | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Packed rows as one row of transformers' arguments."""
     return {
         "inputs_embeds": embeddings.flatten(0, 1)[None],
@@ -120,7 +145,8 @@ def _inputs(
         "attention_mask": torch.ones(1, position_ids.numel(), dtype=torch.bool, device=embeddings.device),
         "position_ids": position_ids.reshape(1, -1),
         "use_cache": False,
-        "packing": attention.packing(segment_ids, isolate, implementation),
+        "packing": packing or attention.packing(segment_ids, isolate, implementation),
+        **({} if routing is None else {"routing": routing}),
     }
 
 

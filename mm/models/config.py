@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mm.data.sample import Chat
 from mm.errors import ConfigError
-from mm.settings import Kinds, KindSection, Number, Section
+from mm.settings import Count, Kinds, KindSection, Number, Section
 
 if TYPE_CHECKING:
     from mm.data.layout import AudioLayout, Layout
@@ -203,9 +203,12 @@ class LanguageConfig(Section):
     """A causal language model of transformers: published (`name`), or from random weights (`config`)."""
 
     name: str | None = None
-    """A hub name or a folder that transformers reads: `Qwen/Qwen2.5-1.5B-Instruct`."""
+    """A hub name or a folder that transformers reads: `Qwen/Qwen2.5-1.5B-Instruct`. Of Chameleon the language model is
+    taken, also from a folder of Meta's own layout (`models/7b`)."""
     config: dict[str, Any] | None = None
-    """A transformers config with its `model_type`: `{model_type: qwen2, hidden_size: 256, …}`."""
+    """A transformers config with its `model_type`: `{model_type: qwen2, hidden_size: 256, …}`. `{model_type: chameleon,
+    …}` is Chameleon's language model, `swin_norm: true` with the norms of its 34B and of MoMa; the dropout of 0.1 after
+    attention and MLP, which its 7B was trained with, is not in transformers' layers."""
     tokenizer: str | None = None
     """A folder, hub name or `builtin:emoji`; by default that of `name`."""
     added_tokens: tuple[str, ...] = ()
@@ -226,6 +229,92 @@ class LanguageConfig(Section):
         return cast(str, self.tokenizer or self.name)
 
 
+class NoiseConfig(Section):
+    """Gumbel-Sigmoid noise on the scores of routers: it makes experts that began as copies drift apart (MoMa, 2.5)."""
+
+    steps: Count = Field(ge=1)
+    """Steps from the stage's first on that have it."""
+    decay: bool = False
+    """It shrinks to nothing over these steps, in a straight line; false: it stays as it is and then ends."""
+
+
+class ExpertsConfig(Section):
+    """Experts in place of the MLPs of a language model, in groups by the modality of the token that comes in (MoMa,
+    2407.21770 2.2). Each expert chooses the tokens of its modality that it scores highest; a token gets the sum of what
+    its experts give, weighed by their scores, or nothing. A group of one expert has no router and takes every token."""
+
+    text: int | None = Field(default=None, ge=1)
+    """Experts for text tokens."""
+    image: int | None = Field(default=None, ge=1)
+    """Experts for picture tokens, begin and end of picture among them."""
+    audio: int | None = Field(default=None, ge=1)
+    """Experts for tokens of recordings."""
+    video: int | None = Field(default=None, ge=1)
+    """Experts for tokens of clips."""
+    all: int | None = Field(default=None, ge=1)
+    """Experts that every modality without a group of its own shares: `{all: 8}` is the paper's `moe_8x`."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Inner width of an expert; by default that of the MLP it stands for."""
+    capacity: Number | None = Field(default=None, gt=0, le=1)
+    """Share of its group's tokens that an expert takes; by default 1 / the group's experts."""
+    normalize: bool = False
+    """Weights of a token's experts sum to 1. As published they do not, and a norm behind the experts takes the scale
+    off; a model with its norm in front (most have) keeps closer to the dense one that it came from with this."""
+    routing_rows: int | None = Field(default=None, ge=1)
+    """Rows whose tokens the experts choose from together; by default those of a micro-batch, as published: then
+    `train.micro_batch` changes results. With a number of rows nothing about how a step is split does."""
+    noise: NoiseConfig | None = None
+    """Noise on the scores in training; none in evaluation."""
+    auxiliary: Literal["none", "along", "alone"] = "none"
+    """Routers that look at one token alone, which evaluation and generation need, because the choice of a whole batch
+    looks ahead. `along`: they learn beside the model, which does not notice. `alone`: they learn and nothing else
+    does, the stage of its own that the paper gives them. `none`: there are none, and nothing is evaluated."""
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Experts of each group."""
+        names = ("text", "image", "audio", "video", "all")
+        return {name: number for name in names if (number := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> "ExpertsConfig":
+        if not self.groups:
+            raise ValueError("name a group: {text: 4, image: 4} or {all: 8}")
+        return self
+
+
+class DepthsConfig(Section):
+    """Mixture of depths (Raposo et al., 2404.02258, as in MoMa 2.3): in some layers only the tokens that a router
+    scores highest take part, and the others pass by unchanged. Where there are experts too, `routing_rows` and
+    `auxiliary` are theirs."""
+
+    capacity: Number = Field(default=0.25, gt=0, le=1)
+    """Share of the tokens that take part in such a layer."""
+    every: int = Field(default=2, ge=1)
+    """Every so many layers are such."""
+    first: int = Field(default=0, ge=0)
+    """The first of them."""
+    routing_rows: int | None = Field(default=None, ge=1)
+    """As of experts, in a model without them."""
+    auxiliary: Literal["none", "along", "alone"] = "none"
+    """As of experts, in a model without them."""
+
+
+class BackboneSection(KindSection):
+    """What the sections of systems with a language model have in common."""
+
+    experts: ExpertsConfig | None = None
+    """Experts in place of the language model's MLPs, by modality: `{text: 4, image: 4}`. From published weights, or
+    from those of a stage before, every expert begins as a copy."""
+    depths: DepthsConfig | None = None
+    """Layers of the language model that most tokens pass by."""
+
+    @property
+    def routing(self) -> ExpertsConfig | DepthsConfig | None:
+        """The section whose `routing_rows` and `auxiliary` count; None of a dense model."""
+        return self.experts or self.depths
+
+
 class TemplateConfig(Section):
     """How documents and conversations are spelt. The defaults are Open-Qwen2VL's for documents, Qwen's for
     conversations."""
@@ -244,15 +333,18 @@ class TemplateConfig(Section):
     tokens."""
     system: str | None = None
     """The system turn of conversations that have none; by default that of `chat`, `""` for none at all."""
+    around_image: tuple[str, str] | None = None
+    """Two tokens, begin and end of a picture, that its positions stand between; never cut from it. They are learned
+    where the picture is."""
 
     def layout(self, tokenizer: "Tokenizer", **media: Any) -> "Layout":
         """The layout of a model with this tokenizer. Raises `DataError` where that lacks one of the tokens."""
         from mm.data.layout import Layout, Template
 
-        for token in (self.bos, self.eos):
+        for token in (self.bos, self.eos, *(self.around_image or ())):
             if token is not None:
                 tokenizer.id(token)
-        template = Template(self.bos, self.eos, self.after_media, self.chat, self.system)
+        template = Template(self.bos, self.eos, self.after_media, self.chat, self.system, self.around_image)
         return Layout(tokenizer, template, tokenizer.id(self.pad), **media)
 
 
@@ -364,6 +456,8 @@ SYSTEMS = Kinds(
         "mert": "mm.models.systems.mert.config:MertConfig",
         "tagger": "mm.models.systems.tagger.config:TaggerConfig",
         "joint": "mm.models.systems.joint.config:JointConfig",
+        "moma": "mm.models.systems.moma.config:MomaConfig",
+        "vq": "mm.models.systems.vq.config:VQConfig",
         "layout": "mm.models.config:LayoutConfig",
     },
 )

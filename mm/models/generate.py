@@ -2,7 +2,8 @@
 
 transformers' own `generate` writes, with its cache, sampling and beams; what is ours is the prompt. Prompts of any
 lengths share a batch: they are laid out as in training and then moved to the right of their rows, so that all end
-where writing begins; the mask hides what is left of them, and positions count from each prompt's first token.
+where writing begins; the mask hides what is left of them, and positions count from each prompt's first token. Models
+that transformers cannot run with its cache, or whose pictures are tokens, are decoded by `mm.models.decode`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from mm.data.conversations import IMAGE
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import join_segments
-from mm.data.sample import Media, Text, Tokens, Turn
+from mm.data.sample import Media, Special, Text, Tokens, Turn
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from mm.models import backbone
 from mm.models.objectives import next_token_losses
 from mm.models.system import GenerativeSystem
 
-Prompt = tuple[Text | Tokens | Media | Turn, ...]
+Prompt = tuple[Text | Tokens | Special | Media | Turn, ...]
 Form = Literal["chat", "raw"]
 """How a model is asked: `chat_prompt` or `raw_prompt`."""
 Precision = Literal["fp32", "bf16"]
@@ -90,29 +91,34 @@ def generate(
 
     Raises:
         DataError: a picture cannot be read; a prompt is empty or longer than the model's positions.
-        ConfigError: `stream` with several prompts or beams.
+        ConfigError: `stream` with several prompts or beams; beams, of a model with experts or pictures of its own.
     """
+    from mm.models import decode
+
     if not prompts:
         return []
+    if system.sparsity is not None or decode.draws(system):
+        found = decode.decode(system, layout, prompts, decoding, limits, synced, stream)
+        return [written.text for written in found]
     if stream is not None and (len(prompts) != 1 or decoding.beams > 1):
         raise ConfigError(f"{len(prompts)} prompts, {decoding.beams} beams: only one prompt without beams can stream")
-    segments = [_segment(prompt, layout, f"prompt {i}", limits) for i, prompt in enumerate(prompts)]
+    segments = [lay_out(prompt, layout, f"prompt {i}", limits) for i, prompt in enumerate(prompts)]
     longest = max(map(len, segments))
-    room = _positions(system, segments) + 1 - longest  # the last token that is written takes no position
+    room = positions_of(system, segments) + 1 - longest  # the last token that is written takes no position
     packs = [join_segments([(f"prompt {i}", "", segment)]) for i, segment in enumerate(segments)]
     batch = collate(packs, layout, row_length=longest).to(next(system.parameters()).device)
     if synced:
         batch = with_dummies(batch, layout)
     chat = any(is_chat(prompt) for prompt in prompts if not isinstance(prompt, Segment))
-    reader = _Reader.of(layout, decoding, chat)
-    with _evaluating(system), backbone.ordinary_attention(system.language), _own_defaults(system.language):
+    reader = Reader.of(layout, decoding, chat)
+    with evaluating(system), backbone.ordinary_attention(system.language), _own_defaults(system.language):
         order = batch.segment_ids.argsort(dim=1, stable=True)  # padding first, then the prompt
         ids = system.language.generate(
             inputs_embeds=system.embed(batch).take_along_dim(order[..., None], dim=1),
             attention_mask=(batch.segment_ids > 0).long().gather(1, order),
             generation_config=_transformers_config(decoding, min(decoding.max_new_tokens, room), layout, reader),
             stopping_criteria=StoppingCriteriaList([_Stops(reader)] if reader.stop else []),
-            streamer=_Streamer(reader, stream) if stream is not None else None,
+            streamer=Streamer(reader, stream) if stream is not None else None,
             synced_gpus=synced,
         )
     return [reader.text(row) for row in ids.tolist()]
@@ -137,7 +143,7 @@ def log_likelihoods(
     if not prompts:
         return []
     batch, pair = _answered(system, layout, prompts, answers, limits)
-    with _evaluating(system):
+    with evaluating(system):
         losses = system.token_losses(batch).double()
     return (-losses.new_zeros(len(prompts)).index_add(0, pair, losses)).tolist()
 
@@ -160,9 +166,8 @@ def mean_losses(
         return []
     batch, pair = _answered(system, layout, prompts, answers, limits)
     keep = batch.learned()
-    with _evaluating(system):
-        where = batch.segment_ids, batch.position_ids
-        logits = backbone.run(system.language, system.embed(batch), *where, keep, batch.isolate_segments)
+    with evaluating(system):
+        logits = system.logits(batch, keep)
     targets = batch.labels.flatten()[keep]
     losses = next_token_losses(logits, targets).double()
     missed = (logits.argmax(-1) != targets).double()
@@ -180,10 +185,10 @@ def _answered(
     pairs = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         known = tuple(replace(part, loss=False) if isinstance(part, Text | Tokens) else part for part in prompt)
-        start = len(_segment(known, layout, f"prompt {i}", limits))
-        segment = _segment((*known, Text(answer)), layout, f"prompt {i} with its answer", limits)
+        start = len(lay_out(known, layout, f"prompt {i}", limits))
+        segment = lay_out((*known, Text(answer)), layout, f"prompt {i} with its answer", limits)
         pairs.append(replace(segment, loss=((start, len(segment)),)))
-    _positions(system, pairs)
+    positions_of(system, pairs, packed=True)
     pack = join_segments([(f"prompt {i}", "", segment) for i, segment in enumerate(pairs)])
     batch = collate([pack], layout, row_length=len(pack.tokens)).to(next(system.parameters()).device)
     return batch, batch.segment_ids.flatten()[batch.learned()].long() - 1
@@ -222,7 +227,7 @@ def raw_prompt(text: str, pictures: Sequence[Media] = (), after_media: str = "\n
 
 def without_breaks(parts: Prompt, after_media: str) -> Prompt:
     """Text behind media without the break that the template of documents puts there itself."""
-    kept: list[Text | Tokens | Media | Turn] = []
+    kept: list[Text | Tokens | Special | Media | Turn] = []
     for part in parts:
         if isinstance(part, Text) and kept and isinstance(kept[-1], Media):
             part = replace(part, text=part.text.removeprefix(after_media))
@@ -246,16 +251,20 @@ def _placed(text: str, pictures: Sequence[Media]) -> Prompt:
     return tuple(parts)
 
 
-def _segment(prompt: Prompt | Segment, layout: Layout, where: str, limits: Limits) -> Segment:
+def lay_out(prompt: Prompt | Segment, layout: Layout, where: str, limits: Limits) -> Segment:
+    """A prompt as it goes in. Raises `DataError`."""
     segment = prompt if isinstance(prompt, Segment) else make_segment(prompt, layout, where, limits, closed=False)
     if not len(segment):
         raise DataError(f"{where} is empty; give a text or a picture to go on with")
     return segment
 
 
-def _positions(system: GenerativeSystem, segments: Sequence[Segment]) -> int:
-    """How many the model has, if all segments fit."""
-    positions = getattr(system.language.config, "max_position_embeddings", None) or 2**31
+def positions_of(system: GenerativeSystem, segments: Sequence[Segment], packed: bool = False) -> int:
+    """How many the model has, if all segments fit; `packed`: in packed attention, which knows no sliding window."""
+    config = system.language.config
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    if packed:
+        positions = min(positions, getattr(config, "sliding_window", None) or positions)
     for i, segment in enumerate(segments):
         if len(segment) > positions:
             raise DataError(
@@ -266,7 +275,8 @@ def _positions(system: GenerativeSystem, segments: Sequence[Segment]) -> int:
 
 
 @contextmanager
-def _evaluating(system: GenerativeSystem) -> Iterator[None]:
+def evaluating(system: GenerativeSystem) -> Iterator[None]:
+    """In evaluation mode for the time of the context."""
     training = system.training
     system.eval()
     try:
@@ -286,7 +296,7 @@ def _own_defaults(language: Any) -> Iterator[None]:
         language.generation_config = published
 
 
-def _transformers_config(decoding: Decoding, tokens: int, layout: Layout, reader: "_Reader") -> GenerationConfig:
+def _transformers_config(decoding: Decoding, tokens: int, layout: Layout, reader: "Reader") -> GenerationConfig:
     sampling: dict[str, Any] = {}
     if decoding.temperature:
         # 0 and 1 are transformers' words for all tokens; None means its own defaults, which leave the 50 likeliest.
@@ -315,15 +325,15 @@ def _special(tokenizer: Tokenizer, text: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class Reader:
     """New tokens as text, up to what ends it: the one place that says where an answer is over."""
 
-    layout: Layout
+    decode: Callable[[list[int]], str]
     ends: frozenset[int]
     stop: tuple[str, ...]
 
     @classmethod
-    def of(cls, layout: Layout, decoding: Decoding, chat: bool) -> "_Reader":
+    def of(cls, layout: Layout, decoding: Decoding, chat: bool) -> "Reader":
         """chat: there are conversations among the prompts, so an answer also ends where its turn does."""
         template, tokenizer = layout.template, layout.tokenizer
         ends, stop = set(decoding.stop_ids), list(decoding.stop)
@@ -332,12 +342,13 @@ class _Reader:
         if chat:
             stop.append(END if END in SPELLINGS[template.chat].tokens else template.eos or "\n")
         special = {text: token for text in stop if (token := _special(tokenizer, text)) is not None}
-        return cls(layout, frozenset(ends.union(special.values())), tuple(text for text in stop if text not in special))
+        left = tuple(text for text in stop if text not in special)
+        return cls(tokenizer.decode, frozenset(ends.union(special.values())), left)
 
     def text(self, ids: list[int], going_on: bool = False) -> str:
         """The text without blanks around it; `going_on`: only as much as no further token can change."""
         end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
-        text = self.layout.tokenizer.decode(ids[:end])
+        text = self.decode(ids[:end])
         cut = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)
         if cut is None and end == len(ids) and going_on:
             text = text.rstrip("\ufffd")  # the first bytes of a character
@@ -345,6 +356,11 @@ class _Reader:
                 (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
             )
         return text[:cut].strip()
+
+    def stopped(self, ids: list[int]) -> bool:
+        """Whether a stop string is in the text."""
+        text = self.decode(ids) if self.stop else ""
+        return any(stop in text for stop in self.stop)
 
 
 class _Stops(StoppingCriteria):
@@ -354,25 +370,26 @@ class _Stops(StoppingCriteria):
     tokenizer of its own, and may see another text than the one that is cut.
     """
 
-    def __init__(self, reader: _Reader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        texts = [self.reader.layout.tokenizer.decode(row) for row in input_ids.tolist()]
-        found = [any(stop in text for stop in self.reader.stop) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
+        return torch.tensor([self.reader.stopped(row) for row in input_ids.tolist()], device=input_ids.device)
 
 
-class _Streamer(BaseStreamer):
+class Streamer(BaseStreamer):
     """Hands on text that is certain: no half characters, nothing that may turn out to be a stop string."""
 
-    def __init__(self, reader: _Reader, stream: Callable[[str], None]) -> None:
+    def __init__(self, reader: Reader, stream: Callable[[str], None]) -> None:
         self.reader, self.stream = reader, stream
         self.ids: list[int] = []
         self.given = ""
 
     def put(self, value: Tensor) -> None:
-        self.ids += value.flatten().tolist()
+        self.add(value.flatten().tolist())
+
+    def add(self, ids: list[int]) -> None:
+        self.ids += ids
         self._give(self.reader.text(self.ids, going_on=True))
 
     def end(self) -> None:

@@ -11,12 +11,19 @@ from torch.autograd.function import once_differentiable
 MIN_CHUNK = 256  # tokens; fewer make matrix products slow
 
 
-def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, float32 [K], of logits [K, V] and targets int64 [K]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+def next_token_losses(logits: Tensor, targets: Tensor, z: float = 0.0) -> Tensor:
+    """-log p(target) in nats, float32 [K], of logits [K, V] and targets int64 [K].
+
+    z: what is added is z * (log of the sum of all exp(logit))^2, which keeps logits from drifting (PaLM, 2204.02311 5;
+    Chameleon, 2405.09818 2.2).
+    """
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses + z * torch.logsumexp(logits.float(), 1).square() if z else losses
 
 
-def linear_cross_entropy_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def linear_cross_entropy_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: float = 0.0
+) -> Tensor:
     """`next_token_losses` of logits hidden @ weight.T + bias that are never there all at once.
 
     Logits are made a chunk of tokens at a time, and with them the gradients of the *sum* of all losses, since a sum is
@@ -32,11 +39,19 @@ def linear_cross_entropy_losses(hidden: Tensor, weight: Tensor, bias: Tensor | N
     Returns:
         float32 [K]. Products are in autocast's dtype, else in that of `hidden`; all else is in float32.
     """
+    return linear_cross_entropy_terms(hidden, weight, bias, targets, z)[0]
+
+
+def linear_cross_entropy_terms(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: float
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy_losses`, and these without what z adds, float32 [K] both; the latter have no gradient."""
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())
-    return losses
+    losses: Tensor
+    losses, plain = _LinearCrossEntropy.apply(hidden, weight, bias, targets, z, dtype, torch.is_grad_enabled())
+    return losses, plain
 
 
 def code_losses(
@@ -64,17 +79,19 @@ def code_losses(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, learns: bool
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z: float, dtype: torch.dtype,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = tuple(learns and needed for needed in ctx.needs_input_grad[:3])
-        losses, ctx.of_sum = _sweep(hidden, weight, bias, targets, dtype, wanted)
+        losses, plain, ctx.of_sum = _sweep(hidden, weight, bias, targets, z, dtype, wanted)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.dtype = dtype
-        return losses
+        ctx.z, ctx.dtype = z, dtype
+        ctx.mark_non_differentiable(plain)
+        return losses, plain
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         # The gradient of a sum comes as one number, expanded: known without a look at the values, which would make
         # a GPU wait. Scaling is in place, so a second backward pass starts anew.
@@ -82,13 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = [one if one is None else one.mul_(grad[:1].sum()) for one in ctx.of_sum]
             ctx.of_sum = None
         else:
-            grads = _sweep(hidden, weight, bias, targets, ctx.dtype, ctx.needs_input_grad[:3], grad)[1]
+            grads = _sweep(hidden, weight, bias, targets, ctx.z, ctx.dtype, ctx.needs_input_grad[:3], grad)[2]
         inputs = (hidden, weight, bias)
         return (
             *(one if one is None else one.to(x.dtype) for x, one in zip(inputs, grads, strict=True)),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -97,11 +112,13 @@ def _sweep(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    z: float,
     dtype: torch.dtype,
     wanted: tuple[bool, ...],
     scale: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses [K], and of hidden, weight and bias the wanted gradients of sum(scale * losses), in float32.
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Losses [K], these without what z adds, and of hidden, weight and bias the wanted gradients of
+    sum(scale * losses), in float32.
 
     A chunk is as long as the model is wide, so its logits take as much memory as the head's weights do.
     """
@@ -109,6 +126,7 @@ def _sweep(
     grads = [torch.zeros_like(x, dtype=torch.float32) if w else None for x, w in zip(inputs, wanted, strict=True)]  # type: ignore[arg-type]
     of_hidden, of_weight, of_bias = grads
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    plain = torch.empty_like(losses)
     rows = max(MIN_CHUNK, hidden.shape[1])
     buffer = losses.new_empty(min(rows, len(hidden)), len(weight))
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -119,13 +137,18 @@ def _sweep(
         _multiply(chunk, weight.T, logits)
         if bias is not None:
             logits += bias
-        logits -= logits.amax(1, keepdim=True)
+        most = logits.amax(1, keepdim=True)
+        logits -= most
         of_target = logits.gather(1, target)
         total = logits.exp_().sum(1, keepdim=True)
-        losses[part] = (total.log() - of_target)[:, 0]
+        log_z = total.log() + most
+        plain[part] = (total.log() - of_target)[:, 0]
+        losses[part] = plain[part] + z * log_z[:, 0].square()
         if not any(wanted):
             continue
         of_logits = logits.div_(total)  # d loss / d logits = softmax - one-hot
+        if z:
+            of_logits *= 1 + 2 * z * log_z
         of_logits.scatter_add_(1, target, of_logits.new_full(target.shape, -1.0))
         if scale is not None:
             of_logits *= scale[part, None]
@@ -138,7 +161,7 @@ def _sweep(
             torch.addmm(of_weight, of_logits.T, chunk, out=of_weight)
         elif of_weight is not None:
             of_weight += of_logits.T @ chunk
-    return losses, grads
+    return losses, plain, grads
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

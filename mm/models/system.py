@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from mm.data.batch import IGNORE, MediaBatch, PackedBatch
 from mm.models import backbone
+from mm.models.attention import Packing
+from mm.models.config import BackboneSection
+from mm.models.routing import Routing
+from mm.models.sparse import Sparsity, adopt
 
 T = TypeVar("T")
 
@@ -20,6 +24,8 @@ class Output:
 
     All have the same names for every batch, whatever is in it: ranks add them up by their place.
 
+    `metric_counts`: of a metric that is a mean over something of its own, how many of those there were in the batch;
+    the others are means over `System.counted_by`.
     `rows`: of objectives that can tell, the loss of each row of the batch [B], for logging by source. `features`: of a
     `PooledSystem`, what its pooled objectives are computed from. `predictions`: in evaluation, what `System.scores` is
     to be given of each item, [n, …].
@@ -28,6 +34,7 @@ class Output:
     losses: dict[str, Tensor]
     counts: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    metric_counts: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     predictions: dict[str, Tensor] = field(default_factory=dict)
@@ -54,6 +61,13 @@ class System(nn.Module):
     def scores(self, predictions: dict[str, Tensor]) -> dict[str, float]:
         """Numbers that are no means over batches, from the predictions of a whole split, in host memory."""
         return {}
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Told before every step, from 0 on, of the `steps` of a stage: for what changes with the time."""
+
+    def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of another model, by name, as those of this one: for models that are grown from others."""
+        return tensors
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         """N_k of a batch: a pure function of it, asked for before the first forward of a step."""
@@ -101,23 +115,77 @@ class GenerativeSystem(System):
     language: Any
     """The causal language model of transformers."""
 
+    sparsity: Sparsity | None
+    """Of a language model with experts or mixture of depths."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weights = {"next_token": 1.0}
         self.media_towers = {}
+        self.sparsity = None
+
+    def sparsify(self, config: BackboneSection, media: tuple[str, ...]) -> None:
+        """Give the language model experts and mixture of depths, as the section says. Called once all parts are there.
+
+        Raises `ConfigError` where the model or the media do not fit.
+        """
+        if config.routing is None:
+            return
+        published = config.language.name is not None  # type: ignore[attr-defined]
+        self.sparsity = Sparsity(self.language, config, published, media)
+        if self.sparsity.learns:
+            self.weights = {**self.weights, "routers": 1.0}
+        if self.sparsity.auxiliary == "alone":
+            self.requires_grad_(False)
+            self.sparsity.requires_grad_()
+
+    def begin_step(self, step: int, steps: int) -> None:
+        if self.sparsity is not None:
+            self.sparsity.step = step
+
+    def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors if self.sparsity is None else adopt(tensors, self.state_dict())
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
-        return {"next_token": (batch.labels != IGNORE).sum()}
+        counts = {"next_token": (batch.labels != IGNORE).sum()}
+        if "routers" in self.weights:  # in evaluation nothing is chosen that they could be held against
+            counts["routers"] = (batch.segment_ids > 0).sum() * self.training
+        return counts
 
     def forward(self, batch: PackedBatch) -> Output:
-        losses = self.token_losses(batch)
+        routing = self.routing(batch)
+        return self.output(batch, self.token_losses(batch, routing), routing)
+
+    def output(self, batch: PackedBatch, losses: Tensor, routing: Routing | None) -> Output:
+        """Of the losses of a batch's targets, float32 [K], and of what the routers left behind, if there are any."""
         row = batch.learned() // batch.labels.shape[1]
         rows = losses.detach().new_zeros(len(batch.labels)).index_add_(0, row, losses.detach())
-        return Output({"next_token": losses.sum()}, self.counts(batch), rows={"next_token": rows})
+        output = Output({"next_token": losses.sum()}, self.counts(batch), rows={"next_token": rows})
+        if routing is None or self.sparsity is None:
+            return output
+        if "routers" in self.weights:
+            output.losses["routers"] = self.sparsity.loss(routing) if self.training else losses.new_zeros(())
+        metrics, counts = self.sparsity.metrics(routing)
+        return replace(output, metrics=metrics, metric_counts=counts)
 
-    def token_losses(self, batch: PackedBatch) -> Tensor:
+    def routing(self, batch: PackedBatch) -> Routing | None:
+        """Of a model with experts or mixture of depths: in training experts choose, else auxiliary routers say.
+
+        Raises `ConfigError` in evaluation without auxiliary routers.
+        """
+        return None if self.sparsity is None else self.sparsity.routing(batch, choose=self.training)
+
+    def token_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
         """-log p in nats, float32, of every target (label that is not -100), row by row."""
-        return backbone.token_losses(self.language, self.embed(batch), batch)
+        routing = routing or self.routing(batch)
+        return backbone.token_losses(self.language, self.embed(batch), batch, routing)
+
+    def logits(self, batch: PackedBatch, keep: Tensor, packing: Packing | None = None) -> Tensor:
+        """[K, V] at flat positions, int64 [K] (row * L + position). `packing`: see `backbone.run`."""
+        return backbone.run(
+            self.language, self.embed(batch), batch.segment_ids, batch.position_ids, keep, batch.isolate_segments,
+            routing=self.routing(batch), packing=packing,
+        )  # fmt: skip
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """[B, L, D]: what the language model reads, media features in their places."""

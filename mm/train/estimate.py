@@ -21,6 +21,7 @@ from mm.data.features import medium_of
 from mm.data.layout import Layout
 from mm.data.packed import Pack
 from mm.errors import ConfigError
+from mm.models.experts import ExpertGroup
 from mm.models.system import System
 from mm.train.accelerators import find
 from mm.train.blocks import checkpoint_activations, find_blocks
@@ -100,8 +101,8 @@ def _check(train: TrainConfig, ranks: int) -> None:
     engine = train.engine
     if ranks > 1 and engine.kind == "single":
         raise ConfigError(f"train.engine.kind single is for one process, not {ranks}; set fsdp or deepspeed")
-    if engine.kind == "fsdp" and ranks % (engine.shard_size or ranks):
-        raise ConfigError(f"train.engine.shard_size {engine.shard_size} does not divide {ranks} processes")
+    if isinstance(engine, FSDPConfig):
+        engine.copies(ranks)
 
 
 def _seconds(layout: Layout, frames: float) -> float:
@@ -278,24 +279,27 @@ class Model:
         While one unit is at work the next is gathered; in the backward pass its gradients are whole before they are
         reduced in float32.
         """
-        units = self._units(train, [*train.blocks, *engine.units])
+        units = self._units(train, [*train.blocks, *engine.units], engine.expert_parallel)
         outer, outer_trained = units.pop("")
         size = {name: count * _bytes(name, train, engine) for name, (count, _) in units.items()}
         largest = sorted(size.values(), reverse=True)
         whole = sum(largest[:2] if engine.reshard_after_forward else largest) + 4 * outer
         gradients = [trained * (4 + _bytes(name, train, engine)) for name, (_, trained) in units.items()]
         in_float32 = outer + sum(count for name, (count, _) in units.items() if _bytes(name, train, engine) == 4)
-        casts = now["casts"] * in_float32 / (outer + sum(count for count, _ in units.values()))
+        casts = now["casts"] * in_float32 / sum(p.numel() for p in self.adapted(train).parameters())
         copies = whole + 4 * outer_trained + max(gradients, default=0) + casts
         kept = {kind: count for kind, count in now.items() if kind not in ("casts", "activations")}
         parts = {kind: count / (engine.shard_size or ranks) for kind, count in kept.items()}
         rest = {"copies": copies, "activations": now["activations"]}
         return {**rest, "host": sum(parts.values())} if engine.cpu_offload else {**parts, **rest}
 
-    def _units(self, train: TrainConfig, patterns: list[str]) -> dict[str, tuple[int, int]]:
-        """Parameters, and trained ones, of every module that is gathered as one; "" has what no other has."""
+    def _units(self, train: TrainConfig, patterns: list[str], over: int) -> dict[str, tuple[int, int]]:
+        """Parameters, and trained ones, of every module that is gathered as one; "" has what no other has. Of experts
+        that are divided over ranks those of one rank."""
         system = self.adapted(train)
         named = [(name, module) for name, module in system.named_modules() if name]
+        groups = [one for one in system.modules() if isinstance(one, ExpertGroup) and one.router is not None]
+        divided = {id(p) for group in groups for p in group.parameters(recurse=False)}
         taken: set[int] = set()
         units: dict[str, tuple[int, int]] = {}
         for name, module in [*reversed(named), ("", system)]:
@@ -303,8 +307,8 @@ class Model:
                 continue
             own = {id(p): p for p in module.parameters() if id(p) not in taken}
             taken |= own.keys()
-            trained = sum(p.numel() for p in own.values() if p.requires_grad)
-            units[name] = (sum(p.numel() for p in own.values()), trained)
+            sizes = [(p.numel() // (over if key in divided else 1), p.requires_grad) for key, p in own.items()]
+            units[name] = (sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
         return units
 
     def _deepspeed(self, train: TrainConfig, engine: DeepSpeedConfig, now: Memory, ranks: int) -> Memory:

@@ -2,7 +2,7 @@
 
 - of a system that writes no text: the mean of each of its objectives, and of its metrics;
 - of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
-- caption loss: nats per learned token, against the unigram baseline and the same model with the pictures swapped;
+- caption loss: nats per learned token of text, against the unigram baseline and the same model with pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
   log p(caption | other pictures), which takes away that some captions are likely for any picture.
 """
@@ -25,6 +25,7 @@ from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.sample import Media, keyed_rng
 from mm.data.tokens import Segment, SegmentMedia
 from mm.errors import DataError
+from mm.models.decode import decode, draws
 from mm.models.generate import Decoding, generate
 from mm.models.system import GenerativeSystem
 from mm.train.engines.single import SingleEngine
@@ -49,6 +50,7 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
     system, world = engine.system, engine.world
     sums, counts = dict.fromkeys(system.weights, 0.0), dict.fromkeys(system.weights, 0.0)
     metrics: dict[str, float] = defaultdict(float)
+    weighed: dict[str, float] = defaultdict(float)
     seen: list[dict[str, Tensor]] = []
     for batch in batches:
         if world.ranks > 1:
@@ -58,12 +60,16 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
             sums[name] += float(output.losses[name])
             counts[name] += float(output.counts[name])
         for name, value in output.metrics.items():
-            metrics[name] += float(value) * float(output.counts[system.counted_by(name)])
+            number = output.metric_counts.get(name)
+            weight = float(output.counts[system.counted_by(name)] if number is None else number)
+            metrics[name] += float(value) * weight
+            weighed[name] += weight
         seen.append({name: value.float().cpu() for name, value in output.predictions.items()})
-    found = iter(world.sum([*sums.values(), *counts.values(), *metrics.values()]))
-    losses, counts, metrics = ({name: next(found) for name in names} for names in (sums, counts, metrics))
+    found = iter(world.sum([*sums.values(), *counts.values(), *metrics.values(), *weighed.values()]))
+    losses, counts, metrics, weighed = (
+        {name: next(found) for name in names} for names in (sums, counts, metrics, weighed)
+    )
     losses = {name: total / counts[name] for name, total in losses.items() if counts[name]}
-    weighed = {name: counts[system.counted_by(name)] for name in metrics}
     metrics = {name: total / weighed[name] for name, total in metrics.items() if weighed[name]}
     everyone = [one for rank in world.gather(seen) for one in rank]
     predictions = {name: torch.cat([one[name] for one in everyone]) for name in everyone[0]}
@@ -73,10 +79,11 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
 
 @torch.no_grad()
 def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch], shuffled: bool = False) -> float:
-    """Mean loss per learned token over the batches of all ranks, which have to be equally many on each.
+    """Mean loss per learned token of text over the batches of all ranks, which have to be equally many on each.
 
     `shuffled`: each picture's pixels go to the next one's place.
     """
+    name = "text" if "text" in engine.system.weights else "next_token"
     total = count = 0.0
     for batch in batches:
         if engine.world.ranks > 1:
@@ -84,8 +91,8 @@ def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedB
         if shuffled:
             batch = replace(batch, media={name: _swapped(media) for name, media in batch.media.items()})
         output = engine.forward(batch.to(engine.device))
-        total += float(output.losses["next_token"])
-        count += int(output.counts["next_token"])
+        total += float(output.losses[name])
+        count += int(output.counts[name])
     total, count = engine.world.sum([total, count])
     return total / max(count, 1)
 
@@ -96,6 +103,8 @@ def _swapped(media: MediaBatch) -> MediaBatch:
         given = media.features.split(media.length.tolist())
         moved = [_as_long(there, len(here)) for here, there in zip(given, [given[-1], *given[:-1]], strict=True)]
         return replace(media, features=torch.cat(moved))
+    if media.codes is not None:  # of squares of one size
+        return replace(media, codes=media.codes.roll(media.positions // len(media), dims=0))
     items = media.items()
     values = [
         _resized(there, here.shape[1:]).flatten() for here, there in zip(items, [items[-1], *items[:-1]], strict=True)
@@ -118,12 +127,18 @@ def _resized(picture: Tensor, size: torch.Size) -> Tensor:
 
 
 def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
-    """The targets in some packs, [n] int32."""
-    found = []
+    """The targets in some packs, [n] int32, but for those in pictures, which only the model has ids of."""
+    found = [np.empty(0, dtype=np.int32)]
     for number in packs:
         pack = dataset.text(number)
-        found += [pack.tokens[max(a, s.start + 1) : b] for s in pack.segments for a, b in s.loss]
-    return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
+        learned = np.zeros(len(pack.tokens), dtype=bool)
+        for segment in pack.segments:
+            for a, b in segment.loss:
+                learned[max(a, segment.start + 1) : b] = True
+        for one in pack.media:
+            learned[one.position : one.position + one.length] = False
+        found.append(pack.tokens[learned])
+    return np.concatenate(found)
 
 
 def unigram_loss(train: PackedDataset, held_out: PackedDataset, vocabulary: int) -> float:
@@ -146,8 +161,8 @@ class Captioned:
     caption: np.ndarray
 
 
-def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Captioned]]:
-    """Every picture of a split once, by prompt (so by language).
+def captioned_pictures(dataset: PackedDataset, layout: Layout, seed: int) -> dict[bytes, list[Captioned]]:
+    """Every picture of a split that text follows once, by prompt (so by language).
 
     Where a picture has captions under several prompts, pictures are dealt to the prompts in turn in a seeded order.
     """
@@ -158,15 +173,21 @@ def captioned_pictures(dataset: PackedDataset, seed: int) -> dict[bytes, list[Ca
         for one in pack.media:
             media[one.segment].append(one)
         for index, segment in enumerate(pack.segments):
-            if len(media[index]) != 1 or len(segment.loss) != 1:
+            if len(media[index]) != 1:
                 continue
-            start, stop = segment.loss[0]
+            (one,) = media[index]
+            around = layout.span(one.kind, one.position, one.length)
+            # A picture may be learned, too. Of text that stands in front of one it says nothing.
+            learned = [(max(a, around.stop), b) for a, b in segment.loss if b > around.stop]
+            if len(learned) != 1 or any(a < around.start for a, _ in segment.loss):
+                continue
+            start, stop = learned[0]
             tokens = pack.tokens[segment.start : segment.start + segment.length]
             before, caption = (
                 tokens[: start - segment.start],
                 tokens[start - segment.start : stop - segment.start],
             )
-            one = replace(media[index][0], position=media[index][0].position - segment.start)
+            one = replace(one, position=one.position - segment.start)
             picture = segment.id.split("#")[0]
             prompt = np.delete(before, range(one.position, one.position + one.length)).tobytes()
             by_picture[picture][prompt] = Captioned(segment.id, one, before, caption)
@@ -199,15 +220,7 @@ def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned]
     assert isinstance(engine.system, GenerativeSystem)
     features: list[Tensor] = []
     for start in range(0, len(items), chunk):
-        packs = [
-            Pack(
-                item.before,
-                (PackedSegment(item.id, "", 0, len(item.before), ()),),
-                (replace(item.media, segment=0),),
-            )
-            for item in items[start : start + chunk]
-        ]
-        batch = collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs)).to(engine.device)
+        batch = _shown(items[start : start + chunk], layout).to(engine.device)
         image = batch.media["image"]
         found = engine.call(engine.system.features, "image", image) if image.features is None else image.features
         features += found.float().split(image.length.tolist())
@@ -215,16 +228,40 @@ def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned]
 
 
 @torch.no_grad()
+def fuse_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned], chunk: int = 64) -> list[Captioned]:
+    """The items with token ids for their pictures, of a model whose pictures are tokens, on every rank."""
+    system: Any = engine.system
+    fused: list[Captioned] = []
+    for start in range(0, len(items), chunk):
+        part = items[start : start + chunk]
+        batch = engine.call(system.fused, _shown(part, layout).to(engine.device))
+        ids = batch.input_ids.int().cpu().numpy()
+        fused += [replace(item, before=row[: len(item.before)]) for item, row in zip(part, ids, strict=True)]
+    return fused
+
+
+def _shown(items: list[Captioned], layout: Layout) -> PackedBatch:
+    """A row for each item, up to its caption."""
+    packs = [
+        Pack(item.before, (PackedSegment(item.id, "", 0, len(item.before), ()),), (replace(item.media, segment=0),))
+        for item in items
+    ]
+    return collate(packs, layout, row_length=max(len(pack.tokens) for pack in packs))
+
+
+@torch.no_grad()
 def caption_scores(
     engine: SingleEngine,
+    layout: Layout,
     items: list[Captioned],
-    features: list[Tensor],
+    features: list[Tensor] | None,
     row_tokens: int = 8192,
     stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """float64 [N, N]: log p(caption j | picture i, prompt). All items must have one prompt.
 
-    Scored in packed rows; of several ranks each scores its share of them.
+    `features`: of the pictures; None, where these are tokens (`fuse_pictures`). Scored in packed rows; of several ranks
+    each scores its share of them.
     """
     assert isinstance(engine.system, GenerativeSystem)
     rank, ranks = engine.world.rank, engine.world.ranks
@@ -235,18 +272,20 @@ def caption_scores(
     for start in range(rank * chunk, -(-len(pairs) // (chunk * ranks)) * chunk * ranks, chunk * ranks):
         stop()
         part = pairs[start : start + chunk]
-        batch = _pair_batch(items, features, part or pairs[:1])  # all ranks have to come as often
-        losses = engine.call(engine.system.token_losses, batch).double()
+        batch = _pair_batch(layout, items, features, part or pairs[:1])  # all ranks have to come as often
+        losses = engine.call(engine.system.token_losses, batch.to(engine.device)).double()
         if not part:
             continue
         segment = (batch.segment_ids[batch.labels != IGNORE] - 1).long()
-        sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device).index_add_(0, segment, losses)
+        sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, segment, losses.cpu())
         for (i, j), loss in zip(part, sums.tolist(), strict=True):
             scores[i, j] = -loss
     return np.array(engine.world.sum(scores.flatten().tolist())).reshape(scores.shape)
 
 
-def _pair_batch(items: list[Captioned], features: list[Tensor], pairs: list[tuple[int, int]]) -> PackedBatch:
+def _pair_batch(
+    layout: Layout, items: list[Captioned], features: list[Tensor] | None, pairs: list[tuple[int, int]]
+) -> PackedBatch:
     """One row with a segment per (picture i, caption j); picture features are given, so no tower runs."""
     texts = [np.concatenate([items[i].before, items[j].caption]) for i, j in pairs]
     lengths = np.array([len(text) for text in texts])
@@ -260,23 +299,21 @@ def _pair_batch(items: list[Captioned], features: list[Tensor], pairs: list[tupl
     labels[:-1] = np.where(learned[1:], ids[1:], IGNORE)
     modality = np.full(len(ids), MODALITIES["text"], dtype=np.uint8)
     media = [items[i].media for i, _ in pairs]
-    position = torch.from_numpy(starts + [one.position for one in media])
-    length = torch.tensor([one.length for one in media])
-    device = features[0].device
-    empty = torch.empty(0)
-    image = MediaBatch(
-        values=empty,
+    for start, one in zip(starts.tolist(), media, strict=True):
+        modality[layout.span("image", start + one.position, one.length)] = MODALITIES["image"]
+    image = None if features is None else MediaBatch(
+        values=torch.empty(0),
         shapes=torch.empty(len(pairs), 3, dtype=torch.int64),
         offsets=torch.zeros(len(pairs) + 1, dtype=torch.int64),
         row=torch.zeros(len(pairs), dtype=torch.int64),
-        position=position,
-        length=length,
+        position=torch.from_numpy(starts + [one.position for one in media]),
+        length=torch.tensor([one.length for one in media]),
         cost=torch.tensor([one.cost for one in media]),
-    ).to(device)
-    image = replace(image, features=torch.cat([features[i] for i, _ in pairs]))
+        features=torch.cat([features[i] for i, _ in pairs]),
+    )  # fmt: skip
 
     def row(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values)[None].to(device)
+        return torch.from_numpy(values)[None]
 
     return PackedBatch(
         input_ids=row(ids),
@@ -284,7 +321,7 @@ def _pair_batch(items: list[Captioned], features: list[Tensor], pairs: list[tupl
         segment_ids=row(segments.astype(np.int32)),
         position_ids=row(positions),
         modality=row(modality),
-        media={"image": image},
+        media={} if image is None else {"image": image},
         ids=[],
     )
 
@@ -351,7 +388,7 @@ def final_evaluation(
         return {"test_loss": loss, "perplexity": math.exp(loss), **result}
     result |= {"caption_loss": loss, "shuffled_loss": caption_loss(engine, layout, batches(), shuffled=True)}
     if candidates:
-        groups = list(blocks(captioned_pictures(test, seed), candidates))
+        groups = list(blocks(captioned_pictures(test, layout, seed), candidates))
         if not groups:
             raise DataError(
                 f"matching needs at least 2 test pictures with one caption under one prompt, in {test.folder}; "
@@ -360,8 +397,12 @@ def final_evaluation(
         candidates = min(candidates, *(len(items) for items in groups), len(groups[0]))
         plain, calibrated, total = 0.0, 0.0, 0
         for items in groups:
-            features = encode_pictures(engine, layout, items)
-            hits = match(caption_scores(engine, items, features, stop=stop), items, candidates)
+            features = None
+            if draws(engine.system):
+                items = fuse_pictures(engine, layout, items)
+            else:
+                features = encode_pictures(engine, layout, items)
+            hits = match(caption_scores(engine, layout, items, features, stop=stop), items, candidates)
             plain, calibrated, total = plain + hits[0], calibrated + hits[1], total + len(items)
         result |= {
             "match_accuracy": calibrated / total,
@@ -376,9 +417,12 @@ def final_evaluation(
 
 def caption_samples(
     engine: SingleEngine, layout: Layout, test: PackedDataset, count: int, seed: int
-) -> list[tuple[dict[str, str], Media]]:
-    """Generated captions of some test pictures, with the true ones; all ranks generate the same."""
-    groups = captioned_pictures(test, seed)
+) -> list[tuple[dict[str, str], Media, np.ndarray | None]]:
+    """Generated captions of some test pictures, with the true ones; all ranks generate the same.
+
+    Of a model that draws, also a picture that it draws after the true caption, uint8 [H, W, 3].
+    """
+    groups = captioned_pictures(test, layout, seed)
     shares = {prompt: items[: math.ceil(count / max(1, len(groups)))] for prompt, items in groups.items()}
     items = [item for share in shares.values() for item in share][:count]
     if not items:
@@ -390,10 +434,32 @@ def caption_samples(
     ]
     decoding = Decoding(max_new_tokens=48)
     written = engine.call(generate, engine.system, layout, prompts, decoding, synced=engine.world.ranks > 1)
+    drawn: list[Any] = [None] * len(items)
+    system: Any = engine.system
+    if draws(system) and system.teacher.decodes:
+        drawn = _drawn(engine, layout, items, seed)
     found = []
-    for item, picture, caption in zip(items, pictures, written, strict=True):
+    for item, picture, caption, own in zip(items, pictures, written, drawn, strict=True):
         after = layout.tokenizer.decode(item.before[item.media.position + item.media.length :].tolist())
         prompt = after.removeprefix(layout.template.after_media).strip()
         true = layout.tokenizer.decode(item.caption.tolist())
-        found.append(({"id": item.id, "prompt": prompt, "true": true, "generated": caption}, picture))
+        found.append(({"id": item.id, "prompt": prompt, "true": true, "generated": caption}, picture, own))
     return found
+
+
+def _drawn(engine: SingleEngine, layout: Layout, items: list[Captioned], seed: int) -> list[np.ndarray]:
+    """What the model draws after each caption, sampled."""
+    around, eos = layout.template.around_image, layout.template.eos
+    assert around is not None
+    begin, end = layout.tokenizer.id(around[0]), None if eos is None else layout.tokenizer.id(eos)
+    prompts = []
+    for item in items:
+        before = np.delete(item.before, layout.span("image", item.media.position, item.media.length))
+        said = [*before.tolist(), *(id for id in item.caption.tolist() if id != end), begin]
+        prompts.append(Segment(np.array(said, dtype=np.int32), (), ()))
+    decoding = Decoding(max_new_tokens=1, temperature=1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        call = {"synced": engine.world.ranks > 1, "pictures": True}
+        written = engine.call(decode, engine.system, layout, prompts, decoding, **call)
+    return [one.pictures[0] for one in written]

@@ -39,7 +39,7 @@ from mm.data.packed import PackedDataset
 from mm.data.prepare import open_splits
 from mm.errors import ConfigError
 from mm.models.system import GenerativeSystem, System, Tower
-from mm.models.teachers import Teacher, require_rate
+from mm.models.teachers import Teacher
 from mm.models.teachers.config import teacher_of
 from mm.train import checkpoint
 from mm.train.config import ParamRule, Run
@@ -213,7 +213,7 @@ def _teacher(run: Run, layout: Layout) -> Teacher:
     """The teacher that a run names. Raises `ConfigError` where it cannot be that of such media."""
     teacher: Teacher = teacher_of(run.model).build()
     require_same_each_time(layout, teacher.medium, CODES)
-    require_rate(teacher, getattr(layout, teacher.medium).sampling_rate)
+    teacher.check(layout)
     if max(teacher.sizes) > MOST_CODES:
         raise ConfigError(f"data.codes: {max(teacher.sizes):,} codes of a codebook; at most {MOST_CODES:,} are stored")
     return teacher
@@ -226,10 +226,8 @@ def _of_teacher(teacher: Teacher) -> tuple[dict[str, Any], str]:
 
 
 def _coder(teacher: Teacher, layout: Layout, device: torch.device) -> Encode:
-    hop = getattr(layout, teacher.medium).hop
-
     def coded(media: MediaBatch) -> Tensor:
-        return teacher.codes(media.to(device).items(), media.length.tolist(), hop).cpu()
+        return teacher.codes(media.to(device).items(), media.length.tolist(), layout).cpu()
 
     return coded
 

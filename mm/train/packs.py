@@ -121,7 +121,7 @@ class Packs:
         for row, pack in enumerate(packs):
             for one in pack.media:
                 found.setdefault(one.kind, []).append((row, one))
-                batch.modality[row, one.position : one.position + one.length] = MODALITIES[one.kind]
+                batch.modality[row, self.layout.span(one.kind, one.position, one.length)] = MODALITIES[one.kind]
         for kind, items in found.items():
             width = self.layout.features.get(kind)
             shapes = [
@@ -220,14 +220,16 @@ def _document(layout: Layout, data: DataConfig, kinds: list[str]) -> Pack:
             positions = min(room, budget.get("audio_tokens", room), budget.get("audio_cost", room))
             plan = {"samples": layout.audio.samples(positions)}
             _, cost = layout.audio.count(plan["samples"])
+        span = layout.span(kind, 0, positions)  # with what is around it
         most = [
-            room // max(positions, 1),
+            room // max(span.stop - span.start, 1),
             budget.get(kind, room),
             budget.get(f"{kind}_tokens", length) // max(positions, 1),
             budget.get(f"{kind}_cost", cost * room) // max(cost, 1),
         ]
         for _ in range(min(most)):
-            media.append(PackedMedia(kind, 0, at, positions, cost, "", b"", plan))
-            at += positions
+            media.append(PackedMedia(kind, 0, at - span.start, positions, cost, "", b"", plan))
+            at += span.stop - span.start
     tokens = np.zeros(length, dtype=np.int32)
-    return Pack(tokens, (PackedSegment("fullest", "budgets", 0, length, ((at, length),)),), tuple(media))
+    first = 1 if layout.learns("image") else at
+    return Pack(tokens, (PackedSegment("fullest", "budgets", 0, length, ((first, length),)),), tuple(media))

@@ -24,7 +24,7 @@ from mm.errors import CheckpointError, ConfigError
 from mm.models import released
 from mm.models.system import System
 from mm.train import checkpoint
-from mm.train.config import Run, TrainConfig
+from mm.train.config import Run, StageSettings, TrainConfig
 from mm.train.distributed import World
 from mm.train.lora import apply_lora, merge_lora
 
@@ -38,10 +38,14 @@ class Stage:
     """Empty in a run that has no stages."""
     config: Run
     convert: str | None
+    carry_on: bool
     layout: Layout
     splits: dict[Split, PackedDataset]
     loader: PackedLoader
+    first: int
+    """Packs of the sequence that the stages before take, where it carries on."""
     steps: int
+    """No more than the packs of a finite mixture are for."""
     packs_per_epoch: float
 
     @property
@@ -52,19 +56,17 @@ class Stage:
 
 def open_stages(config: Run, world: World, pin_memory: bool, progress: Callable[[str, int], None]) -> list[Stage]:
     """Check, pack and open the data of all stages."""
-    runs = config.stage_runs()
-    names = [(stage.name, stage.convert) for stage in config.stages] or [("", None)]
-    return [
-        _open(number, name, convert, run, world, pin_memory, progress)
-        for number, (run, (name, convert)) in enumerate(zip(runs, names, strict=True))
-    ]
+    found: list[Stage] = []
+    settings: list[StageSettings | None] = [*config.stages] or [None]
+    for run, stage in zip(config.stage_runs(), settings, strict=True):
+        found.append(_open(run, stage, found, world, pin_memory, progress))
+    return found
 
 
 def _open(
-    number: int,
-    name: str,
-    convert: str | None,
     config: Run,
+    settings: StageSettings | None,
+    before: list[Stage],
     world: World,
     pin_memory: bool,
     progress: Callable[[str, int], None],
@@ -98,26 +100,65 @@ def _open(
         quarantine=data.max_bad_fraction > 0,
         decoder=data.decoder,
         pin_memory=pin_memory,
+        together=_together(config),
+        by_modality=_by_modality(config, layout),
     )
     packs = len(splits["train"]) / int(splits["train"].about["settings"]["visits"])
-    steps = count_steps(train, loader.mixture.total(), loader.rows, packs)
-    return Stage(number, name, config, convert, layout, splits, loader, steps, packs)
+    name, convert, carry_on = (settings.name, settings.convert, settings.carry_on) if settings else ("", None, False)
+    first = 0
+    if carry_on:
+        _check_carries_on(name, before, config, splits["train"])
+        first = before[-1].first + before[-1].steps * before[-1].rows
+    steps = count_steps(train, loader.mixture.total(), loader.rows, packs, first)
+    return Stage(len(before), name, config, convert, carry_on, layout, splits, loader, first, steps, packs)
 
 
-def count_steps(train: TrainConfig, total: int | None, rows: int, packs_per_epoch: float) -> int:
-    """As set, or so many epochs, and no more than there are packs for (`total`, of a finite mixture).
+def _together(config: Run) -> int:
+    """Rows that experts choose from together."""
+    routing = getattr(config.model, "routing", None)
+    return (routing and routing.routing_rows) or 1
+
+
+def _by_modality(config: Run, layout: Layout) -> bool:
+    """Whether a row's work is that of its text and picture tokens: experts of each, or codes in place of a tower."""
+    experts = getattr(config.model, "experts", None)
+    return (experts is not None and len(experts.groups) > 1) or (config.data.codes and layout.image is not None)
+
+
+def _check_carries_on(name: str, before: list[Stage], config: Run, train: PackedDataset) -> None:
+    """Raise `ConfigError` where a stage's sequence of packs is not that of the stage before it."""
+    if not before:
+        raise ConfigError(f"stages: {name}.carry_on: there is no stage before whose data it could go on with")
+    last = before[-1]
+    sets = [one.about["provenance"]["fingerprint"] for one in (last.splits["train"], train)]
+    if sets[0] != sets[1]:
+        raise ConfigError(
+            f"stages: {name}.carry_on: its data are another packed set ({train.folder}) than those of {last.name} "
+            f"({last.splits['train'].folder}); give both the same settings of data and layout, or set carry_on=false"
+        )
+    if last.config.data.mixture != config.data.mixture:
+        raise ConfigError(
+            f"stages: {name}.carry_on: its data.mixture is another than that of {last.name}; mix by a schedule above "
+            "the stages, whose steps count on, or set carry_on=false"
+        )
+
+
+def count_steps(train: TrainConfig, total: int | None, rows: int, packs_per_epoch: float, first: int = 0) -> int:
+    """As set, or so many epochs, and no more than there are packs for (`total`, of a finite mixture) from `first` on.
 
     Raises `ConfigError`.
     """
     steps = train.max_steps or math.ceil((train.epochs or 1) * packs_per_epoch / rows)
-    if total is not None and steps > (most := math.ceil(total / rows)):
-        if train.max_steps:
-            raise ConfigError(
-                f"train.max_steps {steps} takes {steps * rows:,} packs, data.mixture ends after {total:,}: "
-                f"set at most {most} steps, or raise mixture.max_epochs"
-            )
-        return most
-    return steps
+    if total is None or steps <= (most := math.ceil(max(0, total - first) / rows)):
+        return steps
+    if train.max_steps or not most:
+        wanted = f"max_steps {steps}" if train.max_steps else f"epochs {train.epochs or 1:g}"
+        before = f", {first:,} of them in stages before" if first else ""
+        raise ConfigError(
+            f"train.{wanted} takes {steps * rows:,} packs, data.mixture ends after {total:,}{before}: "
+            f"set at most {most} steps, or raise mixture.max_epochs"
+        )
+    return most
 
 
 def trained_system(config: Run, folder: Path, ema: bool = True) -> System:
@@ -143,8 +184,7 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
     Position embeddings of vision towers are resampled when their number differs. Raises `CheckpointError` for any
     other difference in shape, and `ConfigError` when `convert` cannot be imported.
     """
-    if convert is not None:
-        tensors = _function(convert)(tensors, system)
+    tensors = system.adopt(tensors) if convert is None else _function(convert)(tensors, system)
     own = checkpoint.model_tensors(system)
     taken: dict[str, Tensor] = {}
     for name, tensor in own.items():

@@ -161,7 +161,11 @@ class Stepper:
             for name, loss in output.losses.items():
                 add("loss", name, loss)
             for name, value in output.metrics.items():
-                add("metric", name, value * output.counts[self.engine.system.counted_by(name)])
+                number = output.metric_counts.get(name)
+                if number is None:
+                    number = output.counts[self.engine.system.counted_by(name)]
+                add("metric", name, value * number)
+                add("weight", name, number.to(value))
             if len(self.sources) > 1 and output.rows:
                 rows = next(iter(output.rows.values()))
                 numbers = _numbers(batch, self.sources).to(rows.device)
@@ -183,7 +187,7 @@ class Stepper:
 
         system = self.engine.system
         losses = {name: value / max(totals.losses[name], 1) for name, value in of("loss").items()}
-        counts = {name: totals.losses[system.counted_by(name)] for name in of("metric")}
+        counts = of("weight")
         return Done(
             loss=sum(system.weights[name] * mean for name, mean in losses.items()),
             verdict=Verdict(True, ""),

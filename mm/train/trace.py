@@ -1,14 +1,17 @@
 """One training step without its numbers: how many FLOPs it takes, and how many bytes of tensors live at its peak.
 
 The real model, loss, backward pass and optimizer run on fake tensors, which have shape and type but no memory. Integers
-stay real: packing decides shapes by values (which positions bear loss, how long segments are), and they are small. So
-a model of any size is traced in seconds on any machine, and a new system needs no formula of its own.
+stay real: they decide shapes by their values (which positions bear loss, how long segments are, which ones a router
+chooses), and they are small. So a model of any size is traced in seconds on any machine, and a new system needs no
+formula of its own.
 """
 
 import contextlib
 import copy
+import math
 import weakref
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -27,6 +30,8 @@ from mm.train.params import parameter_groups
 
 aten = torch.ops.aten
 KINDS = ("weights", "gradients", "optimizer", "casts", "activations")
+ORDERS = (aten.sort.default, aten.sort.stable, aten.topk.default)
+"""Operators that give values and where they stood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +111,15 @@ def _loss(system: System, batch: PackedBatch, precision: str) -> Tensor:
 
 
 def _without_memory(system: System, mode: FakeTensorMode) -> System:
-    """A copy with fake tensors on the CPU in place of those on the meta device; tied ones stay tied."""
+    """A copy with fake tensors on the CPU in place of those on the meta device; tied ones stay tied, and numbers that a
+    system keeps as integers, off that device, stay real."""
     system = copy.deepcopy(system)
     made: dict[int, Tensor] = {}
     with mode:
         for module in system.modules():
             for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
                 for name, tensor in tensors.items():
-                    if tensor is None:
+                    if tensor is None or not (tensor.is_meta or tensor.is_floating_point()):
                         continue
                     if id(tensor) not in made:
                         new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -137,7 +143,8 @@ def _on_device(batch: PackedBatch) -> PackedBatch:
 
 
 class _Hybrid(TorchDispatchMode):
-    """Above a FakeTensorMode: operators on real tensors alone run for real, and so do factories of integers."""
+    """Above a FakeTensorMode: operators on real tensors alone run for real, and so do factories of integers. Where fake
+    numbers are put in order, an order is made up."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,7 +158,22 @@ class _Hybrid(TorchDispatchMode):
         if not tensors and isinstance(out, Tensor) and not out.is_floating_point():
             with no_dispatch():
                 return func(*args, **kwargs)
+        if func in ORDERS:
+            given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+            dim = given.get("dim", -1)
+            return out[0], _spread(out[1].shape, dim, args[0].shape[dim])
         return out
+
+
+def _spread(shape: torch.Size, dim: int, size: int) -> Tensor:
+    """An order of `size` values without numbers, int64 of this shape: wherever it is cut off along `dim`, what stands
+    before the cut is spread evenly over all there is, in steps of the golden section."""
+    step = next(n for n in count(max(1, round(size * (math.sqrt(5) - 1) / 2))) if math.gcd(n, size) <= 1)
+    along = [1] * len(shape)
+    along[dim] = -1
+    with no_dispatch():
+        order = torch.arange(shape[dim]) * step % max(size, 1)
+        return order.view(along).expand(shape).clone()
 
 
 def _as_numbers(index: Tensor | None) -> tuple[Tensor | None, ...]:

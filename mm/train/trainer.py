@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from mm.data.batch import MODALITIES, PackedBatch
 from mm.data.config import Split
@@ -239,6 +240,11 @@ class Trainer:
             assert newest is not None
             self._restore(stage, newest)
             self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
+        elif stage.carry_on:
+            assert state is not None
+            # Steps to be passed over were counted in rows of the stage before.
+            stage.loader.load_state_dict({**state["loader"], "passed_over": []})
+            self.watcher.event(f"the data go on behind {state['loader']['mixture']['position']:,} packs")
         if self.aside:
             self.aside.attach(stage.splits, stage.layout, config)
             self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
@@ -252,6 +258,8 @@ class Trainer:
             self.watcher.event(
                 f"train.batch_tokens {train.batch_tokens:,} rounded down to {stage.rows} rows, {used:,} tokens"
             )
+        if train.epochs and stage.steps * stage.rows < train.epochs * stage.packs_per_epoch:
+            self.watcher.event(f"train.epochs {train.epochs:g} cut to {stage.steps} steps, where data.mixture ends")
 
     def _initialise(self, system: System, stage: Stage, newest: Path | None) -> None:
         """Weights of the stage before, or of `train.init_from`."""
@@ -299,6 +307,7 @@ class Trainer:
                         self.progress.ended = True
                         self._save(stage)
                         break
+                    self.system.begin_step(self.progress.stage_step, stage.steps)
                     lr = train.optimizer.lr * train.schedule.factor(self.progress.stage_step, stage.steps)
                     done = self.stepper(batches, totals, self.progress.step, lr)
                     if not done.verdict.accept and self._skipped(stage, batches, totals, done):
@@ -586,10 +595,13 @@ class Trainer:
         if not self.world.main or not found:
             return
         (self.out / "samples").mkdir(exist_ok=True)
-        for number, (sample, picture) in enumerate(found):
-            name = f"samples/{number:04d}.{picture.ext}"
-            (self.out / name).write_bytes(picture.read())
-            rows.append({**sample, "image": name})
+        for number, (sample, picture, drawn) in enumerate(found):
+            row = {**sample, "image": f"samples/{number:04d}.{picture.ext}"}
+            (self.out / row["image"]).write_bytes(picture.read())
+            if drawn is not None:
+                row["drawn"] = f"samples/{number:04d}-drawn.png"
+                Image.fromarray(drawn).save(self.out / row["drawn"])
+            rows.append(row)
         self.folder.write_json("samples.json", rows)
 
     @contextlib.contextmanager

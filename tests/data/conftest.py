@@ -35,15 +35,15 @@ def _layout(
     tokenizer: Tokenizer | None = None,
     audio: AudioLayout | None = None,
     frames: int = 0,
+    learned: bool = False,
     **template: Any,
 ) -> Layout:
     tokenizer = tokenizer or Tokenizer.load("builtin:emoji")
     transform = ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     spelling = Template(**{"bos": "<s>", "eos": "<|im_end|>", "after_media": "\n", **template})
     video = VideoLayout(frames, tokens, cost, transform) if frames else None
-    return Layout(
-        tokenizer, spelling, tokenizer.id("<|endoftext|>"), ImageLayout(tokens, cost, transform), audio, video
-    )
+    image = ImageLayout(tokens, cost, transform, learned)
+    return Layout(tokenizer, spelling, tokenizer.id("<|endoftext|>"), image, audio, video)
 
 
 @pytest.fixture(scope="session")

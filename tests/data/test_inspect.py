@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mm.data import inspect
 from mm.data.config import DataConfig
+from mm.data.features import CODES, Encoding, describe
 from mm.data.inspect import inspect_page, summary
 from mm.data.layout import AudioLayout, ImageLayout, Layout, Template
 from mm.data.media import ImageTransform
@@ -203,6 +205,33 @@ def test_a_missing_plan_is_named(dataset: PackedDataset, tmp_path: Path) -> None
     plan.unlink()
     with pytest.raises(DataError, match=r"plan\.parquet: missing"):
         summary(PackedDataset(tmp_path / "train"))
+
+
+def test_codes_and_the_tokens_around_pictures_are_shown(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", ["one", "two"])
+    tokenizer = Tokenizer.load("builtin:emoji", added=("<boi>", "<eoi>"))
+    image = ImageLayout(16, 64, ImageTransform(64, (0.5,) * 3, (0.5,) * 3), learned=True)  # type: ignore[arg-type]
+    around = Template("<s>", "<|im_end|>", around_image=("<boi>", "<eoi>"))
+    layout = Layout(tokenizer, around, tokenizer.id("<|endoftext|>"), image)
+    source = {"kind": "captions", "path": str(tmp_path / "x.tar"), "name": "pictures"}
+    data = DataConfig.model_validate({"sources": [source], "context_length": CONTEXT})
+    dataset = PackedDataset(pack_split(data, "train", layout, seed=0, out=tmp_path / "train"))
+    assert summary(dataset)["codes"] == [] and "its codes" not in Page(inspect_page(dataset, tokenizer)).words
+    origin = describe(layout, "image", "exact", {"kind": "numbers"}, "w")
+    Encoding(
+        dataset, layout, CODES, origin, 1, lambda media: torch.arange(media.positions)[:, None] % 16, about={}
+    ).run()  # fmt: skip
+    html = inspect_page(dataset, tokenizer)
+    assert "are its codes (numbers)" in Page(html).words
+    for text in ("&lt;boi&gt;", "image", "&lt;eoi&gt;"):
+        assert html.count(f'<span class="medium learn">{text}</span>') == 2, "all of a picture is learned"
+    drawn = re.findall(r'<img class="codes" src="data:image/png;base64,([^"]*)"', html)
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
+    with Image.open(io.BytesIO(base64.b64decode(drawn[0]))) as picture:
+        assert picture.size == (4, 4) and len(picture.getcolors() or ()) == 16, "a colour a code"
+    (found,) = summary(dataset)["codes"]
+    assert (found["of"], found["medium"], found["codebooks"]) == ("numbers", "image", 1)
+    assert (found["items"], found["positions"], found["unreadable"]) == (2, 32, 0)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         Tokenizer.load(str(tmp_path))
     with pytest.raises(DataError, match="no shipped data set is called 'nothing'"):
         Tokenizer.load("builtin:nothing")
-    words = r"no token '<image>'; add it to model\.language\.added_tokens, or, .* model\.template\.bos, eos or pad"
+    words = r"no token '<image>'; add it to model\.language\.added_tokens, or, .* model\.template\.bos, eos, pad or aro"
     with pytest.raises(DataError, match=words):
         Tokenizer.load("builtin:emoji").id("<image>")
 

@@ -1,6 +1,7 @@
 """Samples laid out as segments, held against layouts written by hand for the emoji tokenizer."""
 
 import dataclasses
+import json
 import pickle
 import re
 import zlib
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from mm.data.layout import AudioLayout, Layout
 from mm.data.limits import Limits
 from mm.data.media import decode_image
-from mm.data.sample import Media, Text, Tokens
+from mm.data.sample import Media, Text, Tokens, Turn
 from mm.data.tokens import DoesNotFit, Segment, costs_of, make_segment, read_units, split_units
 from mm.errors import DataError
 
 # Ids of the emoji tokenizer: special tokens, and pieces of text.
 PAD, BOS, EOS = 0, 4, 2
+AROUND, BEGIN, END = ("<|im_start|>", "<|endofchunk|>"), 1, 3
 BREAK, SPACE, EN, COLON, COLON_CAT, CAT = 203, 225, 266, 30, [266, 30, 3235], 3665
 LIMITS = Limits()
 
@@ -79,6 +81,42 @@ def test_media_are_never_targets(layout: Layout, image: Media) -> None:
     assert last.ids.tolist() == [BOS, CAT, *[PAD] * 4, EOS] and last.loss == ((1, 2), (6, 7))
     alone = lay_out(layout, image)
     assert alone.ids.tolist() == [BOS, *[PAD] * 4, EOS] and alone.loss == ((5, 6),)
+
+
+def test_a_picture_between_its_tokens(make_layout: Callable[..., Layout], image: Media) -> None:
+    """Begin and end are part of it, and inserted; all are learned where the layout says so, and the end behind them."""
+    parts = (Text("cat"), image, Text("en: ", loss=False), Text("cat"))
+    segment = lay_out(make_layout(around_image=AROUND), *parts)
+    assert segment.ids.tolist() == [BOS, CAT, BEGIN, *[PAD] * 4, END, BREAK, EN, COLON, SPACE, CAT, EOS]
+    assert [(one.position, one.length, one.cost) for one in segment.media] == [(3, 4, 9)]
+    assert segment.loss == ((1, 2), (12, 14)) and segment.inserted == 4
+    layout = make_layout(around_image=AROUND, learned=True)
+    learned = lay_out(layout, *parts)
+    assert learned.ids.tolist() == segment.ids.tolist() and learned.media == segment.media
+    assert learned.loss == ((1, 8), (12, 14)) and learned.loss_tokens == 9
+    drawn = lay_out(layout, Text("cat", loss=False), image)
+    assert drawn.ids.tolist() == [BOS, CAT, BEGIN, *[PAD] * 4, END, EOS] and drawn.loss == ((2, 9),)
+    with pytest.raises(DataError, match=r"s/0/k: tokenizer .*: there is no token '<boi>'"):
+        lay_out(make_layout(around_image=("<boi>", "<eoi>")), image)
+
+
+def test_pictures_of_conversations_are_not_learned(make_layout: Callable[..., Layout], image: Media) -> None:
+    said = (Turn("user"), image, Text("Which?"), Turn("assistant"), Text("cat"))
+    plain, learned = (
+        make_segment(said, make_layout(around_image=AROUND, chat="plain", learned=one), "s/0/k", LIMITS)
+        for one in (False, True)
+    )
+    assert plain.loss == learned.loss and plain.ids.tolist() == learned.ids.tolist()
+    assert plain.ids.tolist()[:8] == [BOS, BEGIN, *[PAD] * 4, END, BREAK] and plain.media[0].position == 2
+
+
+def test_what_packed_sets_depend_on_is_as_it_was(layout: Layout, make_layout: Callable[..., Layout]) -> None:
+    """Sets that know nothing of learned pictures stay valid, and the others' description survives JSON."""
+    spelling = {"bos": "<s>", "eos": "<|im_end|>", "after_media": "\n", "chat": "chatml", "system": None}
+    assert layout.describe()["template"] == spelling and layout.describe()["image"] == {"tokens": 4, "cost": 9}
+    other = make_layout(around_image=AROUND, learned=True).describe()
+    assert other["template"] == {**spelling, "around_image": list(AROUND)} and other["image"]["learned"] is True
+    assert other == json.loads(json.dumps(other))
 
 
 def test_empty_text_leaves_no_span(layout: Layout, make_layout: Callable[..., Layout]) -> None:
@@ -251,6 +289,8 @@ PARTS = st.one_of(
     images=st.integers(1, 3),
     bos=st.sampled_from(["<s>", None]),
     eos=st.sampled_from(["<|im_end|>", None]),
+    around=st.sampled_from([AROUND, None]),
+    learned=st.booleans(),
 )
 def test_pieces_hold_the_whole(
     make_layout: Callable[..., Layout],
@@ -260,34 +300,38 @@ def test_pieces_hold_the_whole(
     images: int,
     bos: str | None,
     eos: str | None,
+    around: tuple[str, str] | None,
+    learned: bool,
 ) -> None:
     """Every token once and in order, every medium whole and in one piece, the same tokens learned, nothing over."""
-    layout = make_layout(bos=bos, eos=eos)
+    layout = make_layout(bos=bos, eos=eos, around_image=around, learned=learned)
     parts = [Media("image", picture(n), "png") if part == "image" else part for n, part in enumerate(parts)]
     capacities = {"tokens": tokens, "image": images}
     whole = make_segment(tuple(parts), layout, "s/0/k", LIMITS)
     pieces = split(tuple(parts), layout, capacities)
 
     inner: list[int] = []
-    learned: set[int] = set()
+    targets: set[int] = set()
     media: list[Any] = []
     begin = int(bos is not None)
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         costs = {"tokens": len(piece), **costs_of(piece.media)}
         assert all(costs[name] <= most for name, most in capacities.items())
-        assert piece.inserted == begin + (last and eos is not None)
+        assert piece.inserted == begin + (last and eos is not None) + (2 * len(piece.media) if around else 0)
         assert len(piece) > piece.inserted or len(pieces) == 1, "no piece is empty"
         if bos is not None:
             assert piece.ids[0] == BOS
-        learned |= {position - begin + len(inner) for a, b in piece.loss for position in range(a, b)}
+        targets |= {position - begin + len(inner) for a, b in piece.loss for position in range(a, b)}
         assert all(a < b for a, b in piece.loss) and list(piece.loss) == sorted(piece.loss)
         for one in piece.media:
             assert (piece.ids[one.position : one.position + one.length] == PAD).all()
+            if around:
+                assert piece.ids[[one.position - 1, one.position + one.length]].tolist() == [BEGIN, END]
             media.append((one.position - begin + len(inner), one.length, id(one.media)))
         inner += piece.ids[begin : len(piece) - (last and eos is not None)].tolist()
     assert inner + [EOS] * (eos is not None) == whole.ids[begin:].tolist()
-    assert learned == {position - begin for a, b in whole.loss for position in range(a, b)}
+    assert targets == {position - begin for a, b in whole.loss for position in range(a, b)}
     assert media == [(one.position - begin, one.length, id(one.media)) for one in whole.media]
 
 

@@ -35,8 +35,8 @@ from mm.models import answers, backbone
 from mm.models.generate import (
     Decoding,
     Prompt,
-    _Reader,
-    _Streamer,
+    Reader,
+    Streamer,
     autocast,
     chat_prompt,
     generate,
@@ -254,7 +254,7 @@ def test_special_tokens_end_an_answer_by_name(qwen2: Built) -> None:
         (Decoding(), True, "a cata dog"),
         (Decoding(stop=("dog",)), True, "a cata"),
     ):
-        reader = _Reader.of(layout, decoding, chat)
+        reader = Reader.of(layout, decoding, chat)
         assert reader.text(ids) == text and reader.text(ids[:3], going_on=True) == "a cat"[: len(text)]
 
 
@@ -264,9 +264,9 @@ def test_special_tokens_end_an_answer_by_name(qwen2: Built) -> None:
 )
 def test_streamed_text_is_the_text_and_never_taken_back(text: str, stop: tuple[str, ...], qwen2: Built) -> None:
     _, layout = qwen2
-    reader = _Reader.of(layout, Decoding(stop=stop), chat=False)
+    reader = Reader.of(layout, Decoding(stop=stop), chat=False)
     pieces: list[str] = []
-    streamer = _Streamer(reader, pieces.append)
+    streamer = Streamer(reader, pieces.append)
     # A token a byte: characters come in parts.
     ids = [layout.tokenizer.id(bytes_to_unicode()[byte]) for byte in text.encode()]
     streamer.put(torch.empty(1, 0, dtype=torch.int64))  # the prompt
@@ -407,7 +407,7 @@ def test_bfloat16_changes_numbers_a_little_and_no_weights(qwen2: Built) -> None:
         assert log_likelihoods(system, layout, PROMPTS, ANSWERS) == exact
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.1)
     asked = answers.answerer(system, layout, lambda row: PROMPTS[row["n"]], Decoding(4), 0, precision="bf16")
-    assert asked([{"n": n} for n in range(len(PROMPTS))], 0) == texts
+    assert asked([{"n": n} for n in range(len(PROMPTS))], 0) == [{"answer": text} for text in texts]
     assert {parameter.dtype for parameter in system.parameters()} == {torch.float32}
 
 
@@ -461,11 +461,11 @@ def rows(count: int) -> list[answers.Row]:
 def test_stopped_answers_go_on_and_are_the_same(tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def answer(part: list[answers.Row], first: int) -> list[str]:
+    def answer(part: list[answers.Row], first: int) -> list[answers.Row]:
         asked.append(first)
-        return [f"{row['prompt']} after {first}\n" for row in part]
+        return [{"answer": f"{row['prompt']} after {first}\n"} for row in part]
 
-    def stopping(part: list[answers.Row], first: int) -> list[str]:
+    def stopping(part: list[answers.Row], first: int) -> list[answers.Row]:
         if first >= 6:
             raise KeyboardInterrupt
         return answer(part, first)

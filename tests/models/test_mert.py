@@ -78,7 +78,7 @@ def by_brute_force(system: Mert, rows: list[int], keys: list[int]) -> Found:
             mask = torch.from_numpy(span_mask(frames, 0.8, 5, 2, keyed_rng("mask", key, number)))
             features = theirs.feature_extractor(clip[None])[0].T
             hidden = theirs(clip[None], mask_time_indices=mask[None]).last_hidden_state[0]
-            codes = Loudness().codes([clip], [frames], 320)
+            codes = Loudness().codes([clip], [frames], model().layout())
             (spectrum,) = CQT(RATE, 320, 200, 24, 6)([clip])
             for frame in range(frames):
                 terms["feature_penalty"].append(features[frame].square().sum() / features.shape[1])
@@ -159,7 +159,7 @@ def test_noises_come_from_the_same_row_alone() -> None:
     system = build(mixture={"prob": 1, "seconds": [0.05, 0.1]}, weights={"cqt": 0}).train()
     packed = batch(ALL)
     media = packed.media["audio"]
-    codes = system.teacher.codes(media.items(), media.length.tolist(), 320).int()
+    codes = system.teacher.codes(media.items(), media.length.tolist(), model().layout()).int()
     packed = replace(packed, media={"audio": replace(media, codes=codes)})
     before = system(packed)
     assert float(before.metrics["mixed_clips"]) == pytest.approx(7 / 8), "all but the one that is alone in its row"
@@ -254,7 +254,7 @@ def test_no_loss_depends_on_what_could_not_be_read() -> None:
 def test_codes_that_are_given_are_taken() -> None:
     system, packed = build().eval(), batch(ALL)
     media = packed.media["audio"]
-    codes = system.teacher.codes(media.items(), media.length.tolist(), 320)
+    codes = system.teacher.codes(media.items(), media.length.tolist(), model().layout())
     expected = step(system, [packed])
     del system.__dict__["teacher"]
     given = replace(packed, media={"audio": replace(media, codes=codes.int())})

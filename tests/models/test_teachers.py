@@ -4,6 +4,7 @@ by scikit-learn; and frames of teacher and student beside each other in time."""
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mm.errors import ConfigError
 from mm.models.spectra import chroma, log_mel
 from mm.models.systems.joint.config import JointConfig
 from mm.models.systems.mert.config import MertConfig
-from mm.models.teachers import aligned, kmeans, require_rate
+from mm.models.teachers import aligned, kmeans
 from mm.models.teachers.config import EncodecConfig, KMeansConfig, teacher_of
 from mm.models.teachers.kmeans import Codebook, write
 
@@ -26,6 +27,9 @@ TINY = {
     "num_filters": 4, "hidden_size": 8, "codebook_size": 16, "num_lstm_layers": 1, "target_bandwidths": [0.6, 1.2],
 }  # fmt: skip
 HOP, WINDOW = 320, 400
+LAYOUT = MertConfig().layout()
+"""Of a student with such frames at 24,000 Hz."""
+SLOWER = MertConfig.model_validate({"encoder": {"sampling_rate": 16_000}}).layout()
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +59,20 @@ def frames_of(clip: torch.Tensor) -> int:
 def test_codes_are_those_of_each_clip_alone(codec: tuple[Any, Path]) -> None:
     model, folder = codec
     teacher = EncodecConfig(name=str(folder), bandwidth=1.2).build()
-    assert teacher.sizes == (16,) * 4 and teacher.sampling_rate == 24_000
+    assert teacher.sizes == (16,) * 4
+    teacher.check(LAYOUT)
     given = clips(12_000, 4_000, 12_000, 4_001, 12_000, 400)
-    found = teacher.codes(given, [frames_of(clip) for clip in given], HOP)
+    found = teacher.codes(given, [frames_of(clip) for clip in given], LAYOUT)
     with torch.no_grad():
         alone = [model.encode(clip[None, None], bandwidth=1.2).audio_codes[0, 0].T for clip in given]
     assert all(len(codes) > frames_of(clip) for clip, codes in zip(given, alone, strict=True))
     assert torch.equal(found, torch.cat([codes[: frames_of(clip)] for clip, codes in zip(given, alone, strict=True)]))
     assert all(len(column.unique()) > 4 for column in found.T), "codes that say something"
-    backwards = teacher.codes(given[::-1], [frames_of(clip) for clip in given[::-1]], HOP)
+    backwards = teacher.codes(given[::-1], [frames_of(clip) for clip in given[::-1]], LAYOUT)
     assert torch.equal(backwards[-frames_of(given[0]) :], found[: frames_of(given[0])])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(teacher.codes(given, [frames_of(clip) for clip in given], HOP), found)
-    (few,) = EncodecConfig(name=str(folder), bandwidth=0.6).build().codes(given[:1], [1], HOP)
+        assert torch.equal(teacher.codes(given, [frames_of(clip) for clip in given], LAYOUT), found)
+    (few,) = EncodecConfig(name=str(folder), bandwidth=0.6).build().codes(given[:1], [1], LAYOUT)
     assert torch.equal(few, found[0, :2])
 
 
@@ -86,7 +91,7 @@ def test_five_seconds_are_374_of_375_frames(codec: tuple[Any, Path]) -> None:
         codes = model.encode(clip[None, None], bandwidth=1.2).audio_codes[0, 0].T
     assert len(codes) == 375 and frames_of(clip) == 374
     teacher = EncodecConfig(name=str(folder), bandwidth=1.2).build()
-    assert torch.equal(teacher.codes([clip], [374], HOP), codes[:374])
+    assert torch.equal(teacher.codes([clip], [374], LAYOUT), codes[:374])
 
 
 @pytest.mark.parametrize("hop", [320, 160, 240, 480, 640, 1000])
@@ -136,7 +141,7 @@ def test_old_names_of_weights_and_pickles_of_tensors_are_read(codec: tuple[Any, 
     one, other = (EncodecConfig(name=str(name), bandwidth=1.2).build() for name in (folder, tmp_path))
     assert one.describe() == other.describe() == json.loads(json.dumps(one.describe()))
     given = clips(4_000)
-    assert torch.equal(one.codes(given, [11], HOP), other.codes(given, [11], HOP))
+    assert torch.equal(one.codes(given, [11], LAYOUT), other.codes(given, [11], LAYOUT))
 
 
 def test_what_decides_codes_is_described(codec: tuple[Any, Path], tmp_path: Path) -> None:
@@ -184,7 +189,9 @@ def test_what_is_no_teacher_says_so(codec: tuple[Any, Path], tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="takes 2 channels"):
         EncodecConfig(name=str(stereo), bandwidth=1.2).build()
     with pytest.raises(ConfigError, match="it takes 24,000 Hz, and the model 16,000 Hz"):
-        require_rate(EncodecConfig(name=str(folder), bandwidth=1.2).build(), 16_000)
+        EncodecConfig(name=str(folder), bandwidth=1.2).build().check(SLOWER)
+    with pytest.raises(ConfigError, match="it takes 24,000 Hz, and the model takes no recordings"):
+        EncodecConfig(name=str(folder), bandwidth=1.2).build().check(replace(LAYOUT, audio=None))
 
 
 def centroids(path: Path, seed: int = 0) -> Path:
@@ -205,10 +212,11 @@ def centroids(path: Path, seed: int = 0) -> Path:
 def test_codes_are_the_nearest_centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = centroids(tmp_path / "k.safetensors")
     teacher = KMeansConfig(path=path).build()
-    assert teacher.sizes == (7, 5) and teacher.sampling_rate == 24_000
+    assert teacher.sizes == (7, 5)
+    teacher.check(LAYOUT)
     given = [clip * gain for clip, gain in zip(clips(12_000, 4_000, 400), (1.0, 0.1, 0.0), strict=True)]
     frames = [frames_of(clip) for clip in given]
-    found = teacher.codes(given, frames, HOP)
+    found = teacher.codes(given, frames, LAYOUT)
     assert found.shape == (sum(frames), 2) and all(len(column.unique()) > 1 for column in found.T)
     tensors = load_file(path)
     for column, (name, spectrum) in zip(found.T, (("mel", log_mel), ("chroma", chroma)), strict=True):
@@ -219,8 +227,8 @@ def test_codes_are_the_nearest_centroids(tmp_path: Path, monkeypatch: pytest.Mon
         distances = torch.cdist(torch.cat(normal).double(), tensors[f"{name}.centroids"].double())
         assert torch.equal(column, distances.argmin(1))
     monkeypatch.setattr(kmeans, "AT_ONCE", 5)
-    assert torch.equal(teacher.codes(given, frames, HOP), found)
-    assert torch.equal(teacher.codes(given[1:], frames[1:], HOP), found[frames[0] :])
+    assert torch.equal(teacher.codes(given, frames, LAYOUT), found)
+    assert torch.equal(teacher.codes(given[1:], frames[1:], LAYOUT), found[frames[0] :])
     assert teacher.describe() == KMeansConfig(path=centroids(tmp_path / "same.safetensors")).build().describe()
     assert teacher.describe() != KMeansConfig(path=centroids(tmp_path / "other.safetensors", 1)).build().describe()
 

@@ -392,6 +392,23 @@ def test_sharding_divides_what_is_kept(tiny_config: Callable[..., RunConfig]) ->
     assert totals == sorted(totals, reverse=True)
 
 
+def test_experts_that_are_divided_over_ranks_are_not_gathered(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config("model.experts={text: 4, image: 1}", "train.micro_batch=1", "train.batch_tokens=1024")
+    model = traced(config)
+
+    def sharded(**engine: Any) -> dict[str, float]:
+        values = {**config.train.model_dump(), "engine": {"kind": "fsdp", **engine}}
+        return model.memory(TrainConfig.model_validate(values), 4)
+
+    gathered, divided = sharded(), sharded(expert_parallel=2)
+    half = 4 * (2 * 64 * 32 + 32 * 64) / 2
+    # Of the two layers at work the weights, of one the gradients too, before and after they are summed.
+    assert gathered["copies"] - divided["copies"] == (4 + 4 + 4 + 4) * half
+    assert all(gathered[kind] == divided[kind] for kind in ("weights", "gradients", "optimizer"))
+    with pytest.raises(ConfigError, match="expert_parallel 3 does not divide the 4 processes"):
+        estimate(tiny_config("train.engine={kind: fsdp, expert_parallel: 3}"), 4)
+
+
 def test_formulas_agree_with_the_products_they_stand_for() -> None:
     register()
     q, k, v = (torch.randn(2, heads, 24, 16, requires_grad=True) for heads in (4, 4, 4))

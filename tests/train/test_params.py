@@ -9,6 +9,7 @@ from torch import nn
 
 from mm.errors import ConfigError
 from mm.train.config import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, ParamRule
+from mm.train.engines.single import scale_down
 from mm.train.params import freeze, parameter_groups
 
 
@@ -84,3 +85,20 @@ def test_adamw_is_torchs() -> None:
         ours.step()
         theirs.step()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_auxiliary_routers_are_clipped_by_themselves() -> None:
+    parts = {
+        "language": [torch.full((4,), 3.0)],
+        "routers": [torch.full((4,), 4.0)],
+        "auxiliary_routers": [torch.full((1,), 50.0)],
+    }
+    squares = torch.tensor([float(grads[0].square().sum()) for grads in parts.values()])
+    norms = scale_down(parts, squares, 1.0)
+    assert {name: float(norm) for name, norm in norms.items()} == {
+        "language": 6, "routers": 8, "auxiliary_routers": 50, "total": 10,
+    }  # fmt: skip
+    for name, scale in (("language", 3 / 10), ("routers", 4 / 10), ("auxiliary_routers", 1.0)):
+        torch.testing.assert_close(parts[name][0], torch.full_like(parts[name][0], scale))
+    alone = {"auxiliary_routers": [torch.full((1,), 50.0)]}
+    assert float(scale_down(alone, torch.tensor([2500.0]), None)["total"]) == 50

@@ -22,6 +22,7 @@ FORMATS = {
     "prismatic": ("open_qwen2vl",),
     "hf-llava": ("open_qwen2vl",),
     "hf": ("mert", "tagger"),
+    "janus-vq": ("vq",),
 }
 """The formats that `mm export` writes, and the kinds of model that each is for."""
 
@@ -32,23 +33,29 @@ def find(name: Path | str) -> Release | None:
     Raises:
         CheckpointError: there is no such folder, nor such a repository on the hub, or it is of an unknown format.
     """
+    from mm.models.released.chameleon import ChameleonFolder, consolidated
     from mm.models.released.llava import LlavaFolder
     from mm.models.released.mert import MODEL_TYPES, MertFolder
     from mm.models.released.prismatic import PrismaticFolder
 
+    if (meta := consolidated(name)) is not None:
+        return meta
     repository = Repository(str(name))
     if repository.is_folder and not repository.has("config.json"):
         return None
     about = repository.json("config.json")
     if about.get("model_type") == "llava":
         return LlavaFolder(repository, about)
+    if about.get("model_type") == "chameleon":
+        return ChameleonFolder(repository)
     if about.get("model_type") in MODEL_TYPES:
         return MertFolder(repository, about)
     if isinstance(model := about.get("model"), dict) and "arch_specifier" in model:
         return PrismaticFolder(repository, about)
     raise CheckpointError(
         f"{name}: its config.json is neither that of an Open-Qwen2VL release (model.arch_specifier) nor that of a "
-        "LlavaForConditionalGeneration (model_type: llava), nor of MERT (model_type: mert_model, or hubert)"
+        "LlavaForConditionalGeneration (model_type: llava), nor of MERT (model_type: mert_model, or hubert), nor of "
+        "Chameleon (model_type: chameleon)"
     )
 
 

@@ -8,6 +8,10 @@ from mm.data.layout import Layout
 
 # Numbers, apostrophes, accents, blanks and other scripts: what tokenizers differ in.
 SAMPLE = "In 1987 it DIDN'T rain, naïve e\u0301;\r\n\n\t  x = 3.25e+10  # 傘 🙂\n"
+CHAMELEON = (
+    "AutoModelForCausalLM reads it once mm.models.chameleon is imported; transformers' own Chameleon has a VQ model "
+    "besides, which is not in this folder"
+)
 
 
 def write(language: Any, layout: Layout, out: Path) -> str | None:
@@ -16,7 +20,8 @@ def write(language: Any, layout: Layout, out: Path) -> str | None:
     The tokenizer puts the template's begin of text before a text, as in training, and no end of text behind it.
 
     Returns:
-        What a user of the folder has to know, if anything: that AutoTokenizer does not take the tokenizer as written.
+        What a user of the folder has to know, if anything: that AutoTokenizer does not take the tokenizer as written,
+        or AutoModelForCausalLM not this type of model.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
@@ -44,10 +49,11 @@ def write(language: Any, layout: Layout, out: Path) -> str | None:
     PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special).save_pretrained(
         out
     )
+    notes = [CHAMELEON] if config.model_type == "chameleon" else []
     loaded = AutoTokenizer.from_pretrained(out)
-    if loaded(SAMPLE)["input_ids"] == begin + tokenizer.encode(SAMPLE):
-        return None
-    return (
-        f"AutoTokenizer takes {type(loaded).__name__} for any {config.model_type} model, which splits text in another "
-        f"way than {tokenizer.name}: load the tokenizer with transformers.PreTrainedTokenizerFast"
-    )
+    if loaded(SAMPLE)["input_ids"] != begin + tokenizer.encode(SAMPLE):
+        notes.append(
+            f"AutoTokenizer takes {type(loaded).__name__} for any {config.model_type} model, which splits text in "
+            f"another way than {tokenizer.name}: load the tokenizer with transformers.PreTrainedTokenizerFast"
+        )
+    return "; ".join(notes) or None

@@ -4,8 +4,6 @@ Clips of one length are encoded together. Shorter ones are never padded, since E
 and its LSTM runs through all of a clip.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mm.data.features import digest_tensors
+from mm.data.layout import Layout
 from mm.errors import ConfigError
-from mm.models.teachers import aligned
+from mm.models.teachers import aligned, in_float32, require_rate
 from mm.models.teachers.config import EncodecConfig
 
 SAMPLES = 1 << 21
@@ -39,23 +38,28 @@ class Encodec:
             )
         self.sampling_rate, self.hop = int(about.sampling_rate), int(about.hop_length)
 
-    @torch.no_grad()
-    def codes(self, clips: list[Tensor], frames: list[int], hop: int) -> Tensor:
+    def check(self, layout: Layout) -> None:
         """See `Teacher`."""
-        device = clips[0].device
+        require_rate(layout, self.sampling_rate)
+
+    @torch.no_grad()
+    def codes(self, items: list[Tensor], lengths: list[int], layout: Layout) -> Tensor:
+        """See `Teacher`."""
+        assert layout.audio is not None
+        device = items[0].device
         self._model.to(device)
         by_length: dict[int, list[int]] = {}
-        for number, clip in enumerate(clips):
+        for number, clip in enumerate(items):
             by_length.setdefault(len(clip), []).append(number)
-        found: list[Tensor] = [torch.empty(0)] * len(clips)
-        with _in_float32(device):
+        found: list[Tensor] = [torch.empty(0)] * len(items)
+        with in_float32(device):
             for length, numbers in by_length.items():
                 most = max(1, SAMPLES // length)
                 for some in (numbers[at : at + most] for at in range(0, len(numbers), most)):
-                    values = torch.stack([clips[number].float() for number in some])[:, None]
+                    values = torch.stack([items[number].float() for number in some])[:, None]
                     (codes,) = self._model.encode(values, bandwidth=self.bandwidth).audio_codes
                     for number, one in zip(some, codes, strict=True):  # [K, F]
-                        found[number] = aligned(one.T, frames[number], hop, self.hop)
+                        found[number] = aligned(one.T, lengths[number], layout.audio.hop, self.hop)
         return torch.cat(found)
 
     def describe(self) -> dict[str, Any]:
@@ -70,18 +74,6 @@ class Encodec:
             "codec": {name: getattr(about, name) for name in DECIDING},
             "weights": digest_tensors(tensors),
         }
-
-
-@contextlib.contextmanager
-def _in_float32(device: torch.device) -> Iterator[None]:
-    """In all digits: rounding moves codes that are nearly as near as another."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _load(name: str) -> Any:

@@ -29,7 +29,7 @@ from mm.data.sample import keyed_rng
 from mm.errors import ConfigError, DataError
 from mm.files import atomic
 from mm.models.spectra import chroma, log_mel
-from mm.models.teachers import aligned
+from mm.models.teachers import aligned, require_rate
 from mm.models.teachers.config import FORMAT, FORMAT_VERSION, KMeansConfig
 
 SPECTRA: dict[str, Callable[[Tensor, int, int], Tensor]] = {"mel": log_mel, "chroma": chroma}
@@ -78,15 +78,20 @@ class KMeans:
                 f"model.teacher.path {config.path}: damaged ({error}); make it again with `mm data kmeans`"
             ) from None
 
-    @torch.no_grad()
-    def codes(self, clips: list[Tensor], frames: list[int], hop: int) -> Tensor:
+    def check(self, layout: Layout) -> None:
         """See `Teacher`."""
-        device, columns = clips[0].device, []
+        require_rate(layout, self.sampling_rate)
+
+    @torch.no_grad()
+    def codes(self, items: list[Tensor], lengths: list[int], layout: Layout) -> Tensor:
+        """See `Teacher`."""
+        assert layout.audio is not None
+        device, columns = items[0].device, []
         with torch.autocast(device.type, enabled=False):
             for name, book in self._books.items():
                 spectra = [
-                    aligned(SPECTRA[name](clip, self.sampling_rate, self.hop), count, hop, self.hop)
-                    for clip, count in zip(clips, frames, strict=True)
+                    aligned(SPECTRA[name](clip, self.sampling_rate, self.hop), count, layout.audio.hop, self.hop)
+                    for clip, count in zip(items, lengths, strict=True)
                 ]
                 columns.append(book.to(device).nearest(torch.cat(spectra)))
         return torch.stack(columns, dim=1)

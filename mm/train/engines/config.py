@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from mm.errors import ConfigError
 from mm.settings import Count, Kinds, KindSection, Section
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class FSDPConfig(KindSection):
     shard_size: Count | None = Field(default=None, ge=1)
     """Ranks that hold one copy of the weights between them: all of them by default (full sharding); fewer is hybrid
     sharding, such as the 8 GPUs of a node; 1 keeps whole copies and only reduces gradients."""
+    expert_parallel: Count = Field(default=1, ge=1)
+    """Ranks that the experts of a group are divided over, such as the 8 GPUs of a node: tokens travel instead of
+    weights. It divides the experts of every group with several; a group of one stays in parts like other weights."""
     units: list[str] = [r"[^.]*(vision|audio|video|connector|resampler|projector)[^.]*"]
     """Whole names of modules that are gathered as one beside the blocks of `train.blocks`. What neither names is kept
     together as the outermost unit: embeddings and head of the language model."""
@@ -50,6 +54,18 @@ class FSDPConfig(KindSection):
     """Free gathered weights after the forward pass and gather them again in the backward pass."""
     cpu_offload: bool = False
     """Keep shards and optimizer state in host memory."""
+
+    def copies(self, ranks: int) -> int:
+        """Of the weights, among so many processes. Raises `ConfigError` where these do not divide."""
+        size = self.shard_size or ranks
+        if ranks % size:
+            raise ConfigError(f"train.engine.shard_size {size} does not divide the {ranks} processes of the run")
+        if size % self.expert_parallel:
+            raise ConfigError(
+                f"train.engine.expert_parallel {self.expert_parallel} does not divide the {size} processes that hold a "
+                "copy of the weights between them (train.engine.shard_size, or all of the run)"
+            )
+        return ranks // size
 
     def build(self, world: "World", train: Any) -> "SingleEngine":
         from mm.train.engines.fsdp import FSDPEngine

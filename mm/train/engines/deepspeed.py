@@ -27,7 +27,7 @@ from mm.train.checkpoint import model_tensors
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
 from mm.train.engines.config import BUCKET, DeepSpeedConfig
-from mm.train.engines.single import Groups, SingleEngine, T
+from mm.train.engines.single import Groups, SingleEngine, T, part_of, scale_down
 
 OWNED = {
     "train_batch_size": "train.batch_tokens",
@@ -180,16 +180,11 @@ class DeepSpeedEngine(SingleEngine):
             self._zero._wait_for_offload_copies()
         parts: dict[str, list[Tensor]] = {}
         for name, parameter in self._names:
-            some = parts.setdefault(name.partition(".")[0], [])
+            some = parts.setdefault(part_of(name), [])
             if (grad := self._own_gradient(parameter)) is not None:
                 some.append(grad)
         squares = torch.stack([_squares(some, self.device) for some in parts.values()])
-        squares = self.world.sum_tensor(squares)
-        total = squares.sum().sqrt()
-        grads = [grad for some in parts.values() for grad in some]
-        if limit is not None and grads:
-            torch._foreach_mul_(grads, torch.clamp(limit / (total + 1e-6), max=1.0).to(grads[0]))
-        return {**dict(zip(parts, squares.sqrt(), strict=True)), "total": total}
+        return scale_down(parts, self.world.sum_tensor(squares), limit)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return self._names

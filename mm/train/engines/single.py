@@ -1,6 +1,7 @@
 """One process: the plain case, and what the other engines are variations of."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from mm.train.distributed import World, resolve_device
 
 Groups = list[dict[str, Any]]
 T = TypeVar("T")
+AUXILIARY = "auxiliary_routers"
+"""The part of gradients that the model does without."""
 
 
 class SingleEngine:
@@ -71,21 +74,18 @@ class SingleEngine:
     def clip(self, limit: float | None) -> dict[str, Tensor]:
         """Scale gradients to a global norm of at most `limit`; returns the norms before, by part, and `total`.
 
-        No number is read back from the device. Parts are the system's children: `vision`, `language`, …
+        No number is read back from the device. Parts are those of `part_of`; auxiliary routers have a norm of their
+        own, so that the model does not notice them.
         """
         parts: dict[str, list[Tensor]] = {}
         for name, parameter in self._trained():
             if parameter.grad is not None:
-                parts.setdefault(name.partition(".")[0], []).append(_local(parameter.grad))
+                parts.setdefault(part_of(name), []).append(_local(parameter.grad))
         # A CPU adds up float32 one by one, which is off by 1e-5 for large matrices.
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         norms = [torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)) for grads in parts.values()]
         squares = self.sum_shards(torch.stack([norm.square().sum() for norm in norms]).to(self.device))
-        total = squares.sum().sqrt()
-        if limit is not None:
-            grads = [grad for some in parts.values() for grad in some]
-            torch._foreach_mul_(grads, torch.clamp(limit / (total + 1e-6), max=1.0).to(grads[0]))
-        return {**dict(zip(parts, squares.sqrt(), strict=True)), "total": total}
+        return scale_down(parts, squares, limit)
 
     def sum_shards(self, values: Tensor) -> Tensor:
         """Sums over the ranks that hold one copy of the weights between them."""
@@ -141,3 +141,26 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def part_of(name: str) -> str:
+    """What a parameter's gradient counts to in the norms by part: the system's child that it is in (`vision`,
+    `language`, …), `routers`, those of all layers, or `auxiliary_routers`."""
+    if re.fullmatch(r"(.*\.)?sparsity\..*", name):
+        return AUXILIARY
+    return "routers" if re.fullmatch(r"(.*\.)?(router|depth_router)\..*", name) else name.partition(".")[0]
+
+
+def scale_down(parts: dict[str, list[Tensor]], squares: Tensor, limit: float | None) -> dict[str, Tensor]:
+    """Scale the gradients of parts, whose squared norms are [parts], to a norm of at most `limit` together.
+
+    Auxiliary routers are scaled by themselves, and do not count to the `total` where there is anything else.
+    """
+    norms = dict(zip(parts, squares.sqrt(), strict=True))
+    others = [square for name, square in zip(parts, squares, strict=True) if name != AUXILIARY]
+    total = torch.stack(others).sum().sqrt() if others else norms[AUXILIARY]
+    for name, grads in parts.items():
+        if limit is not None and grads:
+            norm = norms[name] if name == AUXILIARY else total
+            torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0).to(grads[0]))
+    return {**norms, "total": total}

@@ -64,6 +64,17 @@ class Joint(System):
         assert isinstance(found, System)
         return found
 
+    def begin_step(self, step: int, steps: int) -> None:
+        for name in self.names:
+            self.part(name).begin_step(step, steps)
+
+    def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in self.names:
+            own = {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
+            found |= {f"{name}.{key}": one for key, one in self.part(name).adopt(own).items()}
+        return {key: one for key, one in tensors.items() if key.partition(".")[0] not in self.names} | found
+
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, rows in self.rows(batch).items():
@@ -77,7 +88,7 @@ class Joint(System):
             output: Output = self.part(name)(self._share(batch, name, rows))
             for ours, its in (
                 (whole.losses, output.losses), (whole.counts, output.counts), (whole.metrics, output.metrics),
-                (whole.predictions, output.predictions),
+                (whole.metric_counts, output.metric_counts), (whole.predictions, output.predictions),
                 (whole.rows, {key: _spread(values, rows, batch) for key, values in output.rows.items()}),
             ):  # fmt: skip
                 ours.update({f"{name}/{key}": value for key, value in its.items()})

@@ -27,7 +27,7 @@ from mm.models.objectives import code_losses
 from mm.models.spectra import CQT
 from mm.models.system import Output, System
 from mm.models.systems.mert.config import MertConfig
-from mm.models.teachers import Teacher, require_rate
+from mm.models.teachers import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Mert(System):
         """Made when it is first asked. It is no submodule: it belongs to the data."""
         assert self.config.teacher is not None
         teacher: Teacher = self.config.teacher.build()
-        require_rate(teacher, self.config.encoder.sampling_rate)
+        teacher.check(self._layout)
         return teacher
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class Mert(System):
             {name: each.sum() for name, each in losses.items()},
             self._counts(clips),
             {name: value.to(device, torch.float32) for name, value in metrics.items()},
-            {first: rows},
+            rows={first: rows},
         )
 
     def _require_codes(self) -> None:
@@ -195,7 +195,7 @@ class Mert(System):
         if media.dummy:
             return torch.zeros(sum(frames), len(self.code_head.sizes), dtype=torch.int64, device=media.values.device)
         with torch.no_grad(), torch.autocast(media.values.device.type, enabled=False):
-            return self.teacher.codes(media.items(), frames, self.config.encoder.hop)
+            return self.teacher.codes(media.items(), frames, self._layout)
 
 
 class CodeHead(nn.Module):

@@ -6,14 +6,20 @@ from pydantic import model_validator
 
 from mm.data.layout import ImageLayout, Layout, NativeLayout
 from mm.data.tokenizer import Tokenizer
-from mm.models.config import ConnectorConfig, LanguageConfig, PoolMLPConfig, TemplateConfig, VisionConfig
-from mm.settings import KindSection
+from mm.models.config import (
+    BackboneSection,
+    ConnectorConfig,
+    LanguageConfig,
+    PoolMLPConfig,
+    TemplateConfig,
+    VisionConfig,
+)
 
 if TYPE_CHECKING:
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 
 
-class OpenQwen2VLConfig(KindSection):
+class OpenQwen2VLConfig(BackboneSection):
     """A vision tower, a pooling connector and a causal language model, trained on next tokens (2504.00595 2.2)."""
 
     kind: str = "open_qwen2vl"

@@ -27,6 +27,7 @@ class OpenQwen2VL(GenerativeSystem):
         tower = config.vision.model_dump(mode="json", exclude={"pretrained", "crop", "flip"})
         settings = {"vision": tower, "connector": config.connector.model_dump(mode="json")}
         self.media_towers = {"image": Tower("vision", self.vision.width, settings)}
+        self.sparsify(config, ("image",))
 
     def features(self, medium: str, media: MediaBatch) -> Tensor:
         assert medium == "image"

@@ -4,14 +4,13 @@ from typing import TYPE_CHECKING
 
 from mm.data.layout import Layout
 from mm.data.tokenizer import Tokenizer
-from mm.models.config import LanguageConfig, TemplateConfig
-from mm.settings import KindSection
+from mm.models.config import BackboneSection, LanguageConfig, TemplateConfig
 
 if TYPE_CHECKING:
     from mm.models.systems.text_lm.model import TextLM
 
 
-class TextLMConfig(KindSection):
+class TextLMConfig(BackboneSection):
     """A causal language model, trained on next tokens of text."""
 
     kind: str = "text_lm"

@@ -13,3 +13,4 @@ class TextLM(GenerativeSystem):
         super().__init__()
         tokenizer = Tokenizer.load(config.language.tokenizer_name, config.language.added_tokens)
         self.language = backbone.load(config.language, len(tokenizer), weights)
+        self.sparsify(config, ())

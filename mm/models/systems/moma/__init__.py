@@ -1,0 +1,1 @@
+"""MoMa: early-fusion pre-training with modality-aware experts (arXiv 2407.21770)."""
