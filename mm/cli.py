@@ -176,7 +176,7 @@ def generate(args: argparse.Namespace) -> Result:
     from mm import hub
     from mm.display import Display
     from mm.models import answers
-    from mm.models.generate import Decoding
+    from mm.models.prompts import Decoding
     from mm.models.system import GenerativeSystem, weights_digest
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

@@ -12,7 +12,7 @@ from mm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
-    from mm.models.generate import Form
+    from mm.models.prompts import Form
     from mm.models.system import System
 
 

@@ -29,7 +29,7 @@ from mm.evals.parsing import (
     typed_match,
 )
 from mm.evals.rows import Row, rows
-from mm.models.generate import Form
+from mm.models.prompts import Form
 
 
 class Choices(RowTask):

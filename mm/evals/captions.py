@@ -20,7 +20,7 @@ from mm.data.sources import SourceConfig
 from mm.errors import ConfigError, DataError
 from mm.evals.items import Item, Record, Task
 from mm.evals.rows import LIMITS, Row, rows
-from mm.models.generate import Form
+from mm.models.prompts import Form
 
 Words = tuple[str, ...]
 SIGMA = 6.0

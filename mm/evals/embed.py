@@ -40,7 +40,7 @@ from mm.data.sources import sample_id
 from mm.errors import ConfigError, DataError
 from mm.files import fsync
 from mm.models.audio import AudioEncoder
-from mm.models.generate import Precision
+from mm.models.prompts import Precision
 from mm.models.spectra import CQT, log_mel
 from mm.models.system import weights_digest
 from mm.train.distributed import resolve_device

@@ -16,7 +16,7 @@ from mm.data.sample import Media
 from mm.data.sources import shortened
 from mm.errors import DataError
 from mm.evals.rows import Row, rows
-from mm.models.generate import Form
+from mm.models.prompts import Form
 
 Record = dict[str, Any]
 """What is kept of an item: id, prompt, output, parsed, answer, right (0 to 1), meta, scoring, seconds."""

@@ -16,7 +16,8 @@ from mm.data.conversations import IMAGE
 from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.evals.run import chunks
-from mm.models.generate import Decoding, Prompt, chat_prompt, generate, mean_losses, raw_prompt
+from mm.models.generate import generate, mean_losses
+from mm.models.prompts import Decoding, Prompt, chat_prompt, raw_prompt
 from mm.models.system import GenerativeSystem
 
 Request = Any

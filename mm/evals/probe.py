@@ -28,7 +28,7 @@ from mm.evals import probing_metrics as metrics
 from mm.evals.embed import Bad, Embedder, Embeddings, describe, digest, embed, open_embedder, recordings, source_of
 from mm.evals.probing_metrics import Metric, bootstrap
 from mm.files import atomic
-from mm.models.generate import Precision
+from mm.models.prompts import Precision
 from mm.settings import nearest
 from mm.train.distributed import resolve_device
 

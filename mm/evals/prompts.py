@@ -12,7 +12,7 @@ from mm.data.layout import Layout
 from mm.data.sample import Media, Special, Text, Tokens, Turn
 from mm.errors import DataError
 from mm.evals.items import Item, Task
-from mm.models.generate import Decoding, Form, Prompt, without_breaks
+from mm.models.prompts import Decoding, Form, Prompt, without_breaks
 
 VERSION = 1
 """Of the wording and layout of prompts in both forms."""

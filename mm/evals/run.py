@@ -22,7 +22,8 @@ from mm.evals import TASKS
 from mm.evals.items import Item, Record, Task
 from mm.evals.prompts import VERSION, answer_text, build, decoding, spelt
 from mm.files import atomic
-from mm.models.generate import Form, Precision, Prompt, autocast, generate, log_likelihoods
+from mm.models.generate import generate, log_likelihoods
+from mm.models.prompts import Form, Precision, Prompt, autocast
 from mm.models.system import GenerativeSystem, weights_digest
 from mm.settings import nearest
 

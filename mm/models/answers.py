@@ -27,7 +27,8 @@ from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.files import fsync
 from mm.models.decode import decode, to_draw
-from mm.models.generate import Decoding, Form, Precision, Prompt, autocast, chat_prompt, generate, raw_prompt
+from mm.models.generate import generate
+from mm.models.prompts import Decoding, Form, Precision, Prompt, autocast, chat_prompt, raw_prompt
 from mm.models.system import GenerativeSystem
 
 Row = dict[str, Any]

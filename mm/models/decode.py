@@ -32,7 +32,7 @@ from mm.data.sample import Special
 from mm.data.tokens import Segment
 from mm.errors import ConfigError, DataError
 from mm.models.attention import Packing, packed_attention
-from mm.models.generate import Decoding, Prompt, Reader, Streamer, evaluating, lay_out, positions_of
+from mm.models.prompts import Decoding, Prompt, Reader, Streamer, evaluating, lay_out, positions_of
 from mm.models.system import GenerativeSystem, System
 
 

@@ -26,7 +26,8 @@ from mm.data.sample import Media, keyed_rng
 from mm.data.tokens import Segment, SegmentMedia
 from mm.errors import DataError
 from mm.models.decode import decode, draws
-from mm.models.generate import Decoding, generate
+from mm.models.generate import generate
+from mm.models.prompts import Decoding
 from mm.models.system import GenerativeSystem
 from mm.train.engines.single import SingleEngine
 

@@ -27,7 +27,7 @@ from mm.evals import TASKS
 from mm.evals.items import Item
 from mm.evals.prompts import answer_text, build, decoding, spelt
 from mm.evals.run import summary
-from mm.models.generate import Form
+from mm.models.prompts import Form
 
 Paths = dict[str, Path]
 N0, N1, N2, N3 = (one.name for one in emoji()[:4])

@@ -14,7 +14,8 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 from mm import hub
 from mm.errors import ConfigError
 from mm.evals.lmms import MM, _decoding, manifest
-from mm.models.generate import Decoding, chat_prompt, generate, mean_losses, raw_prompt
+from mm.models.generate import generate, mean_losses
+from mm.models.prompts import Decoding, chat_prompt, raw_prompt
 
 DOCS = [{"question": f"What is picture {n}?", "image": emoji()[n].image} for n in range(3)]
 TEXT = {"task": "t", "doc_id": 0, "repeats": 1}

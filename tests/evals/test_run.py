@@ -16,7 +16,8 @@ from mm.errors import ConfigError, DataError
 from mm.evals import TASKS
 from mm.evals.prompts import answer_text, build, decoding
 from mm.evals.run import Settings, Source, read_records, run_task, sources, table
-from mm.models.generate import Form, autocast, generate, log_likelihoods
+from mm.models.generate import generate, log_likelihoods
+from mm.models.prompts import Form, autocast
 from mm.models.system import GenerativeSystem, weights_digest
 
 Model = tuple[GenerativeSystem, Layout]

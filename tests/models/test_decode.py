@@ -32,16 +32,8 @@ from mm.data.sample import Text, Turn
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
 from mm.models.decode import CachedPacking, decode, draws, to_draw
-from mm.models.generate import (
-    Decoding,
-    Prompt,
-    autocast,
-    chat_prompt,
-    generate,
-    log_likelihoods,
-    mean_losses,
-    raw_prompt,
-)
+from mm.models.generate import generate, log_likelihoods, mean_losses
+from mm.models.prompts import Decoding, Prompt, autocast, chat_prompt, raw_prompt
 from mm.models.system import GenerativeSystem
 from mm.models.systems.text_lm.config import TextLMConfig
 from mm.train import evaluate

@@ -32,18 +32,8 @@ from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
 from mm.hub import ReleaseConfig
 from mm.models import answers, backbone
-from mm.models.generate import (
-    Decoding,
-    Prompt,
-    Reader,
-    Streamer,
-    autocast,
-    chat_prompt,
-    generate,
-    log_likelihoods,
-    mean_losses,
-    raw_prompt,
-)
+from mm.models.generate import generate, log_likelihoods, mean_losses
+from mm.models.prompts import Decoding, Prompt, Reader, Streamer, autocast, chat_prompt, raw_prompt
 from mm.models.system import GenerativeSystem
 from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
 from mm.models.systems.text_lm.config import TextLMConfig

@@ -22,7 +22,8 @@ from mm.data.sample import Media
 from mm.errors import ConfigError, DataError
 from mm.models.config import LanguageConfig
 from mm.models.connectors import PoolMLP
-from mm.models.generate import Decoding, generate, raw_prompt
+from mm.models.generate import generate
+from mm.models.prompts import Decoding, raw_prompt
 from mm.models.system import GenerativeSystem
 from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
 

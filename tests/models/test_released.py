@@ -37,7 +37,8 @@ from mm.data.tokens import make_segment
 from mm.errors import CheckpointError, ConfigError
 from mm.hub import export
 from mm.models import answers, released
-from mm.models.generate import Decoding, chat_prompt, generate, raw_prompt
+from mm.models.generate import generate
+from mm.models.prompts import Decoding, chat_prompt, raw_prompt
 from mm.models.released import llava, prismatic
 from mm.models.released.chat_templates import jinja
 from mm.models.released.release import fit

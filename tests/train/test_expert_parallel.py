@@ -25,7 +25,8 @@ from mm.data.packed import Pack, join_segments
 from mm.data.sample import Text
 from mm.data.tokens import make_segment
 from mm.errors import ConfigError
-from mm.models.generate import Decoding, generate, raw_prompt
+from mm.models.generate import generate
+from mm.models.prompts import Decoding, raw_prompt
 from mm.train import checkpoint, evaluate
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.checkpoint import Checkpoints

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.layout import AudioLayout, Layout, VideoLayout
-from mm.models.generate import Decoding, generate, raw_prompt
+from mm.models.generate import generate
+from mm.models.prompts import Decoding, raw_prompt
 from mm.models.system import GenerativeSystem, place
 from mm.train import evaluate
 from mm.train.distributed import World

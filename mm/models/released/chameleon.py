@@ -29,7 +29,7 @@ from mm.models.released.release import Repository, fit, read_pickle
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mm.models.generate import Form
+    from mm.models.prompts import Form
 
 TEMPLATE = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "after_media": "", "chat": "plain"}
 """How Chameleon spells a document, by the names of its own tokens."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mm.data.layout import Layout
-    from mm.models.generate import Form
+    from mm.models.prompts import Form
     from mm.models.systems.open_qwen2vl.config import OpenQwen2VLConfig
     from mm.models.systems.open_qwen2vl.model import OpenQwen2VL
 

@@ -15,7 +15,7 @@ from mm.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mm.models.generate import Form
+    from mm.models.prompts import Form
 
     Filled = TypeVar("Filled", bound=nn.Module)
 
