@@ -91,8 +91,8 @@ LANGUAGE = {
     "model_type": "chameleon", "swin_norm": True, "hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4,
     "num_attention_heads": 5, "num_key_value_heads": 5, "initializer_range": 0.06,
 }  # fmt: skip
-VQ = {"kind": "vq", "size": SIZE, "codes": 256}
-VQ_STEPS = 600
+VQ = {"kind": "vq", "size": SIZE, "codes": 256, "weights": {"commitment": 0.02}}  # as configs/moma/vq_tiny.yaml
+VQ_STEPS = 1000
 
 
 def prepare() -> None:
@@ -223,7 +223,7 @@ def vq_config() -> Config:
         "train": {
             "max_steps": VQ_STEPS,
             "batch_tokens": 1024,  # 16 pictures
-            "optimizer": {"kind": "adamw", "lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.0},
+            "optimizer": {"kind": "adamw", "lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.0},
             "schedule": {"kind": "cosine", "warmup": 0.05},
             "log_every": 10,
             "save_every": 200,
