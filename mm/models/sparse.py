@@ -134,8 +134,8 @@ class Sparsity(nn.Module):
 
         Of each group the shares of its tokens that no expert took (`unrouted/GROUP`), one (`once/GROUP`), or more
         (`more/GROUP`), and the tokens of the busiest expert over those of the mean one (`busiest/GROUP`); means over
-        layers. `output_norm`: of what the last layer gives a token. Its growth without end comes long before divergence
-        (Chameleon, 2405.09818 2.2).
+        the tokens of all layers. `output_norm`: of what the last layer gives a token. Its growth without end comes long
+        before divergence (Chameleon, 2405.09818 2.2).
         """
         device = routing.group.device
         values: dict[str, Tensor] = {}
@@ -143,12 +143,11 @@ class Sparsity(nn.Module):
         columns = {name for groups in self.routed.values() for name in groups if name != depths.NAME}
         for name in sorted(columns):
             records = [record for (_, group), record in routing.records.items() if group == name]
-            found = [_seen(record) for record in records] or [torch.zeros(4, device=device)]
-            for key, value in zip(("unrouted", "once", "more", "busiest"), torch.stack(found).mean(0), strict=True):
+            tokens = sum(len(record.places) for record in records)
+            found = sum((len(record.places) * _seen(record) for record in records), torch.zeros(4, device=device))
+            for key, value in zip(("unrouted", "once", "more", "busiest"), found / max(tokens, 1), strict=True):
                 values[f"{key}/{name}"] = value
-                counts[f"{key}/{name}"] = torch.tensor(
-                    float(sum(len(record.places) for record in records)), device=device
-                )
+                counts[f"{key}/{name}"] = torch.tensor(float(tokens), device=device)
         values["output_norm"] = routing.notes["output_norm"]
         return values, counts
 
