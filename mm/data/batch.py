@@ -72,7 +72,8 @@ class MediaBatch(_Tensors):
     row, position, length: int64 [N], the row positions that item i takes; cost: int64 [N] encoder tokens.
     unreadable: bool [N], in host memory: items that could not be read, zeros in their place; no loss depends on them.
     features: [sum length, D] in item order where what the tower gives is known already (`GenerativeSystem.features`),
-        else None; `values` may then be empty.
+        else None; `values` may then be empty. Of towers that say so (`FeatureShape.rows`) there are as many rows of
+        each item, whatever its length.
     codes: int32 [sum length, K] in item order, what a teacher says of every position, where that is known already.
     dummy: not data; see `with_dummies`. positions: the sum of length, known without asking the device.
     """
@@ -110,6 +111,10 @@ class MediaBatch(_Tensors):
         """The values of every item in its own shape."""
         values = self.values.split(self.shapes.prod(1).tolist())
         return [one.view(shape) for one, shape in zip(values, self.shapes.tolist(), strict=True)]
+
+    def feature_rows(self, features: Tensor) -> list[int]:
+        """How many rows of features each item has; see `features`."""
+        return self.length.tolist() if len(features) == self.positions else [len(features) // len(self)] * len(self)
 
     def slots(self, row_length: int) -> Tensor:
         """int64 [sum length]: flat positions (row * L + position) of all placeholders, in item order."""
@@ -182,7 +187,8 @@ def _dummy(layout: Layout, kind: str) -> MediaBatch:
     shape, length, cost = layout.smallest(kind)
     features = None
     if kind in layout.features:
-        shape, features = (0,) * len(shape), torch.zeros(length, layout.features[kind], dtype=torch.bfloat16)
+        given = layout.features[kind]
+        shape, features = (0,) * len(shape), torch.zeros(given.count(length), given.width, dtype=torch.bfloat16)
     return MediaBatch(
         values=torch.zeros(math.prod(shape)),
         shapes=torch.tensor([shape]),
@@ -237,7 +243,7 @@ def _in_rows(media: MediaBatch, at: dict[int, int]) -> MediaBatch:
         offsets=F.pad(sizes[items].cumsum(0), (1, 0)),
         row=torch.tensor([row for row, _ in placed], dtype=torch.int64, device=device),
         **{name: getattr(media, name)[on_device] for name in ("position", "length", "cost")},
-        features=None if media.features is None else pieces(media.features, lengths),
+        features=None if media.features is None else pieces(media.features, media.feature_rows(media.features)),
         codes=None if media.codes is None else pieces(media.codes, lengths),
         unreadable=media.unreadable[items],
         positions=-1,

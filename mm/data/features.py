@@ -1,6 +1,7 @@
 """What a frozen network says of the media of a packed split, computed once and read in its place ever after: a row of
-numbers for every position. There are two roles. *Features* of a frozen tower are bfloat16 numbers that are read in
-place of media; *codes* of a teacher are whole numbers below 65,536 that are read beside them.
+numbers for every position, or of some towers so many for every item. There are two roles. *Features* of a frozen tower
+are bfloat16 numbers that are read in place of media; *codes* of a teacher are whole numbers below 65,536 that are read
+beside them.
 
     SPLIT/codes-FINGERPRINT/codes.json                what they are of, counts; written last
     SPLIT/codes-FINGERPRINT/index.parquet             pack -> its codes, and its text in the packed shard
@@ -42,7 +43,7 @@ from mm.data.write import join_parts, write_part
 from mm.errors import ConfigError, DataError
 from mm.files import atomic, fsync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = pa.schema(
     [
         ("pack", pa.int64()),
@@ -67,7 +68,7 @@ NAMES = {"image": "images", "audio": "recordings", "video": "clips"}
 Origin = dict[str, Any]
 """What decides the numbers, in plain JSON values: `medium`, `layout`, `weights` (a digest), settings of the network."""
 Encode = Callable[[MediaBatch], Tensor]
-"""[sum of lengths, width] in host memory, in item order: bfloat16 features, or codes in any type of whole numbers."""
+"""[sum of rows, width] in host memory, in item order: bfloat16 features, or codes in any type of whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,8 @@ class Encoding:
 
     Args:
         dataset: with its media as they are.
-        width: numbers of a position.
+        width: numbers in a row.
+        rows: of every item; None: as many as it has positions.
         encode: runs the network.
         about: what the set's JSON file says besides.
         workers: processes that decode.
@@ -309,8 +311,9 @@ class Encoding:
         about: dict[str, Any],
         workers: int = 0,
         progress: Progress = lambda what, n: None,
+        rows: int | None = None,
     ) -> None:
-        self.dataset, self.role, self.origin, self.width = dataset, role, origin, width
+        self.dataset, self.role, self.origin, self.width, self.rows = dataset, role, origin, width, rows
         self.medium: str = origin["medium"]
         self.folder = role.folder(dataset.folder, origin)
         self._encode, self._about, self._workers, self._progress = encode, about, workers, progress
@@ -320,7 +323,8 @@ class Encoding:
         settings = RowSettings(layout, None, quarantine=True, decoder=origin.get("decoder", "exact"))
         self._decode = _Decode(self._reader, settings, self.medium)
         self._costs = dataset.index[f"{self.medium}_cost"].to_numpy()
-        self._positions = dataset.index[f"{self.medium}_tokens"].to_numpy()
+        positions, items = (dataset.index[name].to_numpy() for name in (f"{self.medium}_tokens", self.medium))
+        self._rows = positions if rows is None else items * rows
         found = groupby(enumerate(dataset.index["shard"].to_pylist()), key=lambda one: one[1])
         self._shards = [(name, [pack for pack, _ in packs]) for name, packs in found]
 
@@ -332,7 +336,7 @@ class Encoding:
     @property
     def size(self) -> int:
         """Bytes of all numbers."""
-        return int(self._positions.sum()) * self.width * 2
+        return int(self._rows.sum()) * self.width * 2
 
     def finished(self) -> bool:
         return (self.folder / self.role.about).exists()
@@ -346,7 +350,7 @@ class Encoding:
         if self.finished():
             return 0
         left = [packs for number, (_, packs) in enumerate(self._shards) if not self._is_done(number)]
-        return sum(int(self._positions[packs].sum()) for packs in left) * self.width * 2
+        return sum(int(self._rows[packs].sum()) for packs in left) * self.width * 2
 
     def run(self, slice: tuple[int, int] = (0, 1)) -> bool:
         """Do what is not done of slice (i, n); True when the set is there, False while others have work left.
@@ -399,16 +403,16 @@ class Encoding:
         _, packs = self._shards[number]
         for left in (self.folder / "parts").glob(f".{self._name(number)}.*"):
             left.unlink()  # by a killed process; nobody else writes this shard
-        positions = int(self._positions[packs].sum())
+        rows = int(self._rows[packs].sum())
         entries: list[dict[str, Any]] = []
         with atomic(self.folder / self._name(number), self.folder / "parts") as file:
-            at = file.write(_header(self.medium, self.role.dtype, positions, self.width))
+            at = file.write(_header(self.medium, self.role.dtype, rows, self.width))
             for one, data in self._encoded(packs):
                 entries.append({**one, "shard": self._name(number), "offset": at, "length": len(data)})
                 at += file.write(data)
                 self._packs += 1
                 self._progress(f"encoding {NAMES[self.medium]} of packs", self._packs)
-        assert sum(one["length"] for one in entries) == positions * self.width * 2, "a row of numbers a position"
+        assert sum(one["length"] for one in entries) == rows * self.width * 2, "as many rows of numbers as planned"
         write_part(self._part(number), pa.Table.from_pylist(entries, schema=INDEX))
 
     def _encoded(self, packs: list[int]) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -426,7 +430,7 @@ class Encoding:
                 values = np.empty((0, self.width), dtype=np.uint16) if media is None else self._bits(media)
                 items, unreadable = self._items(media, batch.bad, len(group))
                 start = 0
-                # Position by position, item by item: all of a pack's are beside each other.
+                # Row by row, item by item: all of a pack's are beside each other.
                 for place, lengths, reasons in zip(group, items, unreadable, strict=True):
                     data = values[start : start + sum(lengths)].tobytes()
                     start += sum(lengths)
@@ -447,7 +451,7 @@ class Encoding:
     def _items(
         self, media: MediaBatch | None, bad: tuple[tuple[str, str], ...], packs: int
     ) -> tuple[list[list[int]], list[list[dict[str, Any]]]]:
-        """Of each pack the lengths of its items, and which of them could not be read, but for those taken down."""
+        """Of each pack the rows of its items, and which of them could not be read, but for those taken down."""
         lengths: list[list[int]] = [[] for _ in range(packs)]
         unreadable: list[list[dict[str, Any]]] = [[] for _ in range(packs)]
         if media is None:
@@ -459,13 +463,14 @@ class Encoding:
                 id, reason = next(reasons)
                 if not names_of(id) & self.dataset.dropped:
                     unreadable[row].append({"item": len(lengths[row]), "id": id, "reason": reason})
-            lengths[row].append(length)
+            lengths[row].append(self.rows or length)
         return lengths, unreadable
 
     def _bits(self, media: MediaBatch) -> np.ndarray:
-        """[positions, width] uint16."""
+        """[rows, width] uint16."""
         values = self._encode(media)
-        assert values.shape == (media.positions, self.width), values.shape
+        expected = media.positions if self.rows is None else len(media) * self.rows
+        assert values.shape == (expected, self.width), values.shape
         if self.role == FEATURES:
             assert values.dtype == torch.bfloat16, values.dtype
             return values.contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -498,7 +503,7 @@ class Encoding:
             "dtype": self.role.dtype,
             "width": self.width,
             "items": self.items,
-            "positions": int(self._positions.sum()),
+            "rows": int(self._rows.sum()),
             "unreadable": sum(map(len, found["unreadable"].to_pylist())),
             "origin": self.origin,
             **self._about,
@@ -509,9 +514,9 @@ class Encoding:
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
 
-def _header(name: str, dtype: str, positions: int, width: int) -> bytes:
+def _header(name: str, dtype: str, rows: int, width: int) -> bytes:
     """Of a safetensors file with one tensor (huggingface.co/docs/safetensors)."""
-    tensor = {"dtype": dtype, "shape": [positions, width], "data_offsets": [0, positions * width * 2]}
+    tensor = {"dtype": dtype, "shape": [rows, width], "data_offsets": [0, rows * width * 2]}
     text = json.dumps({name: tensor}).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text

@@ -62,7 +62,7 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
                 "medium": one.medium,
                 "codebooks": one.width,
                 "of": one.about["origin"]["kind"],
-                **{name: one.about[name] for name in ("items", "positions", "unreadable")},
+                **{name: one.about[name] for name in ("items", "rows", "unreadable")},
             }
             for one in _codes(dataset)
         ],

@@ -7,7 +7,7 @@ logic of its own (ALiBi, recurrent layers, sinks) fails and is refused by name, 
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,10 +18,13 @@ from mm.data.batch import PackedBatch
 from mm.errors import ConfigError
 from mm.models import attention
 from mm.models.attention import Packing
-from mm.models.config import LanguageConfig
+from mm.models.config import LanguageConfig, NewRows
 from mm.models.objectives import linear_cross_entropy_terms, next_token_losses
 from mm.models.released.chameleon import consolidated
 from mm.models.routing import Routing
+
+if TYPE_CHECKING:
+    from mm.models.gated import MediaSeen
 
 
 def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
@@ -50,10 +53,13 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
         name = config.config["model_type"]
         model = from_config({"vocab_size": vocab_size, **config.config}, implementation)
     rows = model.get_input_embeddings().num_embeddings
-    if rows < vocab_size:
+    if rows < vocab_size and config.new_rows is not None:
+        add_rows(model, vocab_size, config.new_rows)
+    elif rows < vocab_size:
         raise ConfigError(
             f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
-            "give the model's own tokenizer"
+            "give the model's own tokenizer, or say what the embeddings of added tokens begin as "
+            "(model.language.new_rows)"
         )
     model.logit_factor = probe(model, name)
     return model
@@ -71,9 +77,30 @@ def from_config(values: dict[str, Any], implementation: str) -> Any:
         raise ConfigError(f"model.language.config: {_first_line(error)}") from None
 
 
+@torch.no_grad()
+def add_rows(model: Any, vocab_size: int, kind: NewRows) -> None:
+    """Give a model embeddings, and rows of its head, for a larger vocabulary; see `LanguageConfig.new_rows`.
+
+    The rows that are there stay as they are. What is drawn is drawn with torch's generator.
+    """
+    old = model.get_input_embeddings().num_embeddings
+    # Of what transformers would fill new rows with, by default a mean since 4.46, nothing remains.
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    parts = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in parts.values():  # one, where they are tied
+        known = weight[:old]
+        weight[old:] = known.mean(0)
+        if kind == "normal":
+            weight[old:] += torch.randn_like(weight[old:]) * known.std(0)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        head.bias[old:] = head.bias[:old].mean()
+
+
 def run(
     model: Any, embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, keep: Tensor, isolate: bool,
     implementation: str | None = None, routing: Routing | None = None, packing: Packing | None = None,
+    media: "MediaSeen | None" = None,
 ) -> Tensor:  # fmt: skip
     """Logits at chosen positions of packed rows.
 
@@ -81,31 +108,34 @@ def run(
         embeddings: [B, L, D]; segment_ids, position_ids: [B, L]; keep: int64 [K], flat positions (row * L + position).
         routing: of a model with experts or mixture of depths.
         packing: another than that of the segments, where there is a memory of positions before these.
+        media: of a model with cross-attention: what the positions look at.
 
     Returns:
         [K, V]. The rows are flattened into one, so that the head runs on the K positions alone.
     """
-    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation, routing, packing)
+    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation, routing, packing, media)
     return model(**inputs, logits_to_keep=keep).logits[0]
 
 
 def token_losses(
-    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0
-) -> Tensor:
+    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0,
+    media: "MediaSeen | None" = None,
+) -> Tensor:  # fmt: skip
     """-log p in nats, float32 [K], of the batch's K targets, row by row; see `token_terms`."""
-    return token_terms(model, embeddings, batch, routing, z)[0]
+    return token_terms(model, embeddings, batch, routing, z, media)[0]
 
 
 def token_terms(
-    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0,
+    media: "MediaSeen | None" = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-log p in nats, float32 [K], of the batch's K targets, row by row: with what z adds, and without that and a
     gradient.
 
     Whole logits are not made, unless the model does more with its head's output than scale it.
 
     Args:
-        routing: of a model with experts or mixture of depths.
+        routing, media: see `run`.
         z: what is added to a loss is z * (log of the sum of all exp(logit))^2.
     """
     keep = batch.learned()
@@ -113,10 +143,10 @@ def token_terms(
     where = batch.segment_ids, batch.position_ids
     head, factor = model.get_output_embeddings(), model.logit_factor
     if factor is None or not isinstance(head, nn.Linear):  # adapters replace the layer
-        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing)
+        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing, media=media)
         losses = next_token_losses(logits, targets, z)
         return losses, next_token_losses(logits.detach(), targets) if z else losses.detach()
-    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments, routing=routing))[keep]
+    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments, routing=routing, media=media))[keep]
 
     def terms(hidden: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_terms(hidden, head.weight, head.bias, targets, z)
@@ -136,7 +166,7 @@ def token_terms(
 
 def _inputs(
     embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, isolate: bool, implementation: str | None = None,
-    routing: Routing | None = None, packing: Packing | None = None,
+    routing: Routing | None = None, packing: Packing | None = None, media: "MediaSeen | None" = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Packed rows as one row of transformers' arguments."""
     return {
@@ -147,6 +177,7 @@ def _inputs(
         "use_cache": False,
         "packing": packing or attention.packing(segment_ids, isolate, implementation),
         **({} if routing is None else {"routing": routing}),
+        **({} if media is None else {"media": media}),
     }
 
 

@@ -31,6 +31,22 @@ class SystemConfig(Protocol):
         ...
 
 
+class MergeConfig(Section):
+    """Token merging (ToMe, 2210.09461): in every block of a vision transformer, between attention and MLP, the `r`
+    tokens that are most like another one are merged with it. Works in training and without any."""
+
+    r: int = Field(default=8, ge=0)
+    """Tokens that a block merges away, at most half of the patches that are left."""
+    inflect: Number = Field(default=0.0, ge=-1, le=1)
+    """How the number changes from the first block to the last, in a straight line: -1, from 2 r to none; 0, not at all;
+    1, from none to 2 r."""
+    proportional: bool = True
+    """Attention counts a merged token as often as it has patches (the log of that is added to the logits)."""
+    restore: bool = False
+    """Each patch gets the feature of the token that it was merged into, so that there is a grid again, for connectors
+    that pool it: the tower is cheaper, the language model reads as much as before."""
+
+
 class VisionConfig(Section):
     """A vision tower of timm or open_clip: a vision transformer, or a convolutional one."""
 
@@ -49,7 +65,7 @@ class VisionConfig(Section):
     """With `resize: native`, the patches of a picture at most; larger ones are scaled down. By default those of the
     square."""
     block: int = -2
-    """The block whose output is used, without the tower's final norm; -1 is the last."""
+    """The block whose output is used; -1 is the last."""
     patch_size: int | None = Field(default=None, ge=1)
     """Pixels along the side of a feature; by default that in `options` or in the name. Convolutional towers need it."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -60,6 +76,12 @@ class VisionConfig(Section):
     """In training, pictures are cut to a drawn box of at least this share of their area; 1: never."""
     flip: bool = False
     """In training, every second picture is mirrored, left to right."""
+    norm: bool = False
+    """Features go through the tower's final norm, as those of CLIP do that a resampler reads."""
+    class_token: bool = False
+    """The class token stays in front of the patches' features, as one more of them."""
+    merge: MergeConfig | None = None
+    """Let every block merge the tokens that are most alike: `{r: 8}`."""
     options: dict[str, Any] = {}
     """Arguments of the timm model: `{patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}` makes a small one. Of an
     open_clip model, keys of its `vision_cfg`: `{patch_size: 8, width: 128, layers: 4, head_width: 32}`."""
@@ -79,6 +101,10 @@ class VisionConfig(Section):
             raise ValueError("`resize: native` is for vision transformers of timm, which has those of open_clip too")
         if self.max_patches is not None and self.resize == "square":
             raise ValueError("`max_patches` is for `resize: native`; squares have as many as `image_size` gives")
+        if self.resize == "native" and (self.merge or self.class_token):
+            raise ValueError("`merge` and `class_token` are for squares; set `resize: square`")
+        if self.class_token and self.merge and self.merge.restore:
+            raise ValueError("`merge.restore` puts features back in a grid, and a class token has no place in it")
         return self
 
     @property
@@ -96,6 +122,22 @@ class VisionConfig(Section):
     def patches(self) -> int:
         """Patches of the square."""
         return self.side**2
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether there is a feature for every patch of a picture, and nothing else."""
+        return not self.class_token and (self.merge is None or self.merge.restore)
+
+    @property
+    def features(self) -> int:
+        """Features of a square picture that the tower gives. Asks the tower for its blocks, where they merge."""
+        if self.merge is None or self.merge.restore:
+            return self.patches + self.class_token
+        from mm.models.merging import counts, schedule
+        from mm.models.vision import depth_of
+
+        blocks = schedule(self.merge.r, self.merge.inflect, depth_of(self))
+        return counts(self.patches, blocks)[-1] + self.class_token
 
     def transform(self) -> "ImageTransform":
         """What is made of pictures before the tower sees them."""
@@ -174,6 +216,7 @@ class AudioEncoderConfig(Section):
 class PoolMLPConfig(KindSection):
     """Average pooling, then a two-layer MLP (Open-Qwen2VL's `AvgPoolProjector`)."""
 
+    takes_grid: ClassVar[bool] = True
     kind: str = "pool_mlp"
     tokens: int = Field(default=144, ge=1)
     """Positions that a picture takes in the row, a square number: adaptive pooling to that square. The weights do not
@@ -193,10 +236,55 @@ class PoolMLPConfig(KindSection):
         """Positions of a picture with such a grid of patches."""
         return self.tokens if self.pool is None else -(-rows // self.pool) * -(-columns // self.pool)
 
-    def build(self, width: int, out_width: int) -> Any:
+    def positions(self, vision: VisionConfig) -> int:
+        """Of a square picture in the row."""
+        return self.count(vision.side, vision.side)
+
+    def build(self, width: int, out_width: int, weights: bool = True) -> Any:
         from mm.models.connectors import PoolMLP
 
         return PoolMLP(self.tokens, width, out_width, self.pool)
+
+
+class MLPConfig(KindSection):
+    """A two-layer MLP for each feature that the tower gives, in whatever order they are: one position each."""
+
+    takes_grid: ClassVar[bool] = False
+    kind: str = "mlp"
+
+    def positions(self, vision: VisionConfig) -> int:
+        """Of a square picture in the row."""
+        return vision.features
+
+    def build(self, width: int, out_width: int, weights: bool = True) -> Any:
+        from mm.models.connectors import MLP
+
+        return MLP(width, out_width)
+
+
+def check_connector(vision: VisionConfig, connector: Any) -> None:
+    """Raise `ValueError` where a connector cannot take what a tower gives."""
+    grid: PoolMLPConfig | None = connector if connector.takes_grid else None
+    if vision.resize == "native":
+        if grid is None or grid.pool is None:
+            raise ValueError("vision.resize native gives grids of any size: set connector.pool, not connector.tokens")
+        if grid.pool**2 > (most := vision.max_patches or vision.patches):
+            raise ValueError(f"connector.pool {grid.pool}: larger windows than the {most} patches of a picture")
+        return
+    if grid and not vision.is_grid:
+        what = "vision.class_token" if vision.class_token else "vision.merge"
+        raise ValueError(
+            f"connector {grid.kind} pools a grid of patches, and with {what} there is none: choose connector.kind mlp"
+            + (", or set vision.merge.restore=true" if vision.merge else "")
+        )
+    if grid and grid.positions(vision) > vision.patches:
+        raise ValueError(
+            f"connector.tokens {grid.tokens} is more than the {vision.patches} patches of vision at "
+            f"{vision.image_size} pixels"
+        )
+
+
+NewRows = Literal["mean", "normal"]
 
 
 class LanguageConfig(Section):
@@ -213,6 +301,10 @@ class LanguageConfig(Section):
     """A folder, hub name or `builtin:emoji`; by default that of `name`."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens to append to the tokenizer where it lacks them."""
+    new_rows: NewRows | None = None
+    """What the embeddings of tokens begin as that a published model has no rows for: the `mean` of all rows, or drawn
+    from a `normal` distribution with the mean and variance of each of their numbers. By default such a model is
+    refused."""
 
     @model_validator(mode="after")
     def _names_one_model(self) -> "LanguageConfig":
@@ -300,6 +392,31 @@ class DepthsConfig(Section):
     """As of experts, in a model without them."""
 
 
+class ContrastiveConfig(Section):
+    """An objective that brings a picture and its text together and keeps them apart from all others of the step: of
+    CLIP (2103.00020) or SigLIP (2303.15343), as open_clip computes them. The step's pairs are those of all
+    micro-batches and ranks."""
+
+    width: Count = Field(default=512, ge=1)
+    """Numbers of a picture's or a text's feature."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """`clip`: each picks its partner among all; `siglip`: each pair by itself is one or is none."""
+    weight: Number = Field(default=1.0, ge=0)
+    """Its factor in the total loss."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources that have pairs; by default all have. A pair is a sample with one medium and text that is
+    learned."""
+    temperature: Number | None = None
+    """What the logarithm of the factor of all similarities begins as; by default log(1 / 0.07), as CLIP's, or log(10),
+    as SigLIP's, whose bias begins as -10."""
+
+    @property
+    def initial_temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return math.log(1 / 0.07) if self.loss == "clip" else math.log(10)
+
+
 class BackboneSection(KindSection):
     """What the sections of systems with a language model have in common."""
 
@@ -336,6 +453,9 @@ class TemplateConfig(Section):
     around_image: tuple[str, str] | None = None
     """Two tokens, begin and end of a picture, that its positions stand between; never cut from it. They are learned
     where the picture is."""
+    bos_behind_media: bool = False
+    """`bos` stands behind the media that a document opens with, between these and its text: media as a prefix, as in
+    BLIP-2 and SimVLG. Of a document that is split, the first piece alone has it then."""
 
     def layout(self, tokenizer: "Tokenizer", **media: Any) -> "Layout":
         """The layout of a model with this tokenizer. Raises `DataError` where that lacks one of the tokens."""
@@ -344,7 +464,9 @@ class TemplateConfig(Section):
         for token in (self.bos, self.eos, *(self.around_image or ())):
             if token is not None:
                 tokenizer.id(token)
-        template = Template(self.bos, self.eos, self.after_media, self.chat, self.system, self.around_image)
+        template = Template(
+            self.bos, self.eos, self.after_media, self.chat, self.system, self.around_image, self.bos_behind_media
+        )
         return Layout(tokenizer, template, tokenizer.id(self.pad), **media)
 
 
@@ -445,7 +567,15 @@ class LayoutConfig(KindSection):
         raise ConfigError("model.kind layout packs and loads data; it has nothing to train: choose a model")
 
 
-CONNECTORS = Kinds("connector", {"pool_mlp": "mm.models.config:PoolMLPConfig"}, default="pool_mlp")
+CONNECTORS = Kinds(
+    "connector",
+    {
+        "pool_mlp": "mm.models.config:PoolMLPConfig",
+        "mlp": "mm.models.config:MLPConfig",
+        "tomeformer": "mm.models.tomeformer_config:TomeFormerConfig",
+    },
+    default="pool_mlp",
+)
 ConnectorConfig = Annotated[Any, CONNECTORS]
 
 SYSTEMS = Kinds(
@@ -458,6 +588,9 @@ SYSTEMS = Kinds(
         "joint": "mm.models.systems.joint.config:JointConfig",
         "moma": "mm.models.systems.moma.config:MomaConfig",
         "vq": "mm.models.systems.vq.config:VQConfig",
+        "cosmo": "mm.models.systems.cosmo.config:CosmoConfig",
+        "simvlg": "mm.models.systems.simvlg.config:SimVLGConfig",
+        "clip": "mm.models.systems.clip.config:ClipConfig",
         "layout": "mm.models.config:LayoutConfig",
     },
 )

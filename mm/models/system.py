@@ -3,17 +3,21 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mm.data.batch import IGNORE, MediaBatch, PackedBatch
+from mm.data.layout import FeatureShape
 from mm.models import backbone
 from mm.models.attention import Packing
 from mm.models.config import BackboneSection
 from mm.models.routing import Routing
 from mm.models.sparse import Sparsity, adopt
+
+if TYPE_CHECKING:
+    from mm.models.gated import MediaSeen
 
 T = TypeVar("T")
 
@@ -89,22 +93,32 @@ class PooledSystem(System):
     """A system with objectives over all items of a step, whatever row, micro-batch or rank they are in.
 
     Its `forward` gives `features`, tensors with one entry an item along the first axis, in one order: [n, …] (a learned
-    temperature too, expanded to [n]). The trainer gathers them and hands gradients back.
+    temperature too, expanded to [n]). The trainer gathers them and hands gradients back. In evaluation the items are
+    those of the whole split.
     """
 
     def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums of losses by objective, from the features of all items, in float32: a pure function, no parameters."""
         raise NotImplementedError
 
+    def pooled_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers that are no means over items, such as recalls, from the features of a whole split in host memory."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """The submodule `name`, whose `features` of a medium are `width` wide; `settings`, in plain values, is what decides
-    them besides its weights."""
+    """The submodule `name`, whose `features` of a medium are `width` wide, in `rows` rows for every item, or one for
+    each of its positions; `settings`, in plain values, is what decides them besides its weights."""
 
     name: str
     width: int
     settings: dict[str, Any]
+    rows: int | None = None
+
+    @property
+    def shape(self) -> FeatureShape:
+        return FeatureShape(self.width, self.rows)
 
 
 class GenerativeSystem(System):
@@ -114,6 +128,8 @@ class GenerativeSystem(System):
     """By medium; none in a system of text alone."""
     language: Any
     """The causal language model of transformers."""
+    decodes_itself: bool
+    """transformers' `generate` cannot run it with its cache: `mm.models.decode` writes its text."""
 
     sparsity: Sparsity | None
     """Of a language model with experts or mixture of depths."""
@@ -123,6 +139,7 @@ class GenerativeSystem(System):
         self.weights = {"next_token": 1.0}
         self.media_towers = {}
         self.sparsity = None
+        self.decodes_itself = False
 
     def sparsify(self, config: BackboneSection, media: tuple[str, ...]) -> None:
         """Give the language model experts and mixture of depths, as the section says. Called once all parts are there.
@@ -133,6 +150,7 @@ class GenerativeSystem(System):
             return
         published = config.language.name is not None  # type: ignore[attr-defined]
         self.sparsity = Sparsity(self.language, config, published, media)
+        self.decodes_itself = True
         if self.sparsity.learns:
             self.weights = {**self.weights, "routers": 1.0}
         if self.sparsity.auxiliary == "alone":
@@ -178,26 +196,37 @@ class GenerativeSystem(System):
     def token_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
         """-log p in nats, float32, of every target (label that is not -100), row by row."""
         routing = routing or self.routing(batch)
-        return backbone.token_losses(self.language, self.embed(batch), batch, routing)
+        return backbone.token_losses(self.language, self.embed(batch), batch, routing, media=self.media_seen(batch))
 
-    def logits(self, batch: PackedBatch, keep: Tensor, packing: Packing | None = None) -> Tensor:
-        """[K, V] at flat positions, int64 [K] (row * L + position). `packing`: see `backbone.run`."""
+    def logits(
+        self, batch: PackedBatch, keep: Tensor, packing: Packing | None = None, media: "MediaSeen | None" = None
+    ) -> Tensor:
+        """[K, V] at flat positions, int64 [K] (row * L + position). `packing`: see `backbone.run`; `media`: other than
+        those of the batch, where there is a memory of positions before these."""
         return backbone.run(
             self.language, self.embed(batch), batch.segment_ids, batch.position_ids, keep, batch.isolate_segments,
-            routing=self.routing(batch), packing=packing,
+            routing=self.routing(batch), packing=packing, media=media or self.media_seen(batch),
         )  # fmt: skip
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """[B, L, D]: what the language model reads, media features in their places."""
         embeddings: Tensor = self.language.get_input_embeddings()(batch.input_ids)
         for medium, media in batch.media.items():
-            known = media.features
-            features = self.features(medium, media) if known is None else known.to(embeddings.dtype)
+            features = self.known_features(medium, media, embeddings.dtype)
             embeddings = place(embeddings, self.connect(medium, features), media)
         return embeddings
 
+    def media_seen(self, batch: PackedBatch) -> "MediaSeen | None":
+        """What the positions of a batch look at through cross-attention, in a model whose decoder layers have that."""
+        return None
+
+    def known_features(self, medium: str, media: MediaBatch, dtype: torch.dtype) -> Tensor:
+        """`features`; where these are there already, they are not computed but brought to a type of number."""
+        return self.features(medium, media) if media.features is None else media.features.to(dtype)
+
     def features(self, medium: str, media: MediaBatch) -> Tensor:
-        """[sum length, D]: what a medium's tower gives for all items, in their order, after pooling without weights.
+        """[sum rows, D]: what a medium's tower gives for all items, in their order, after pooling without weights: a
+        row for each position, or as many for every item as its `Tower` says.
 
         It depends on the tower and the media alone, so for a frozen tower it can be computed once (`mm.data.features`).
         A system without media has none.
@@ -205,7 +234,7 @@ class GenerativeSystem(System):
         raise NotImplementedError
 
     def connect(self, medium: str, features: Tensor) -> Tensor:
-        """[sum length, D] to [sum length, width of the language model]: what is trained on `features`, if anything."""
+        """[sum rows, D] to [sum length, width of the language model]: what is trained on `features`, if anything."""
         return features
 
 

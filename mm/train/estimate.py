@@ -64,7 +64,7 @@ def estimate(config: Run, ranks: int = 1, utilisation: float = 0.4) -> dict[str,
         system: System = config.model.build(weights=False)
     if config.data.features:
         medium = medium_of(layout)
-        packs.layout = replace(layout, features={medium: tower_of(system, medium).width})
+        packs.layout = replace(layout, features={medium: tower_of(system, medium).shape})
     model = Model(system, packs, train.batch_tokens // config.data.context_length)
     flops = model.flops(train, ranks)
     memory = model.memory(train, ranks)
@@ -233,7 +233,7 @@ class Model:
         else:
             packs = self.packs.sample
             traces = [
-                trace_step(self.adapted(train), self.packs.batch(group), train)
+                trace_step(self.adapted(train), self.packs.batch(group), train, self._several(train, ranks))
                 for group in self.packs.alike(packs, train.micro_batch)
             ]
         scaled = {
@@ -242,17 +242,22 @@ class Model:
         }
         return {**scaled, "total": sum(scaled.values())}
 
+    def _several(self, train: TrainConfig, ranks: int) -> bool:
+        """Whether a rank has several micro-batches a step."""
+        return math.ceil(self.rows / ranks) > train.micro_batch
+
     def worst(self, train: TrainConfig, ranks: int) -> list[Pack]:
         return self._worst(train, ranks)[1]
 
     def _worst(self, train: TrainConfig, ranks: int) -> tuple[Trace, list[Pack]]:
         """The trace of the micro-batch that takes the most memory, and its packs."""
         micro_batch = min(train.micro_batch, math.ceil(self.rows / ranks))
-        key = (micro_batch, train.precision, train.activation_checkpointing.mode)
+        several = self._several(train, ranks)
+        key = (micro_batch, several, train.precision, train.activation_checkpointing.mode)
         if key not in self._traces:
             system = self.adapted(train)
             worst = self.packs.worst(micro_batch)
-            found = [(trace_step(system, self.packs.batch(packs), train), packs) for packs in worst]
+            found = [(trace_step(system, self.packs.batch(packs), train, several), packs) for packs in worst]
             self._traces[key] = max(found, key=lambda one: sum(one[0].peak.values()))
         return self._traces[key]
 

@@ -1,6 +1,7 @@
 """What was learned, measured on held-out data.
 
-- of a system that writes no text: the mean of each of its objectives, and of its metrics;
+- of a system that writes no text: the mean of each of its objectives, and of its metrics; those over all items of a
+  step are over all items of the split here (a contrastive loss is higher, the more there are), with their recalls;
 - of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
 - caption loss: nats per learned token of text, against the unigram baseline and the same model with pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
@@ -28,8 +29,9 @@ from mm.errors import DataError
 from mm.models.decode import decode, draws
 from mm.models.generate import generate
 from mm.models.prompts import Decoding
-from mm.models.system import GenerativeSystem
+from mm.models.system import GenerativeSystem, PooledSystem
 from mm.train.engines.single import SingleEngine
+from mm.train.step import gather_items
 
 UNIGRAM_PACKS = 2000
 
@@ -49,6 +51,7 @@ class Means:
 def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) -> Means:
     """Over the batches of all ranks, which have to be equally many on each."""
     system, world = engine.system, engine.world
+    pooled: dict[str, list[Tensor]] = defaultdict(list)
     sums, counts = dict.fromkeys(system.weights, 0.0), dict.fromkeys(system.weights, 0.0)
     metrics: dict[str, float] = defaultdict(float)
     weighed: dict[str, float] = defaultdict(float)
@@ -57,9 +60,12 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
         if world.ranks > 1:
             batch = with_dummies(batch, layout)
         output = engine.forward(batch.to(engine.device))
+        for name, value in output.losses.items():
+            sums[name] += float(value)
         for name in system.weights:
-            sums[name] += float(output.losses[name])
             counts[name] += float(output.counts[name])
+        for name, value in output.features.items():
+            pooled[name].append(value.float())
         for name, value in output.metrics.items():
             number = output.metric_counts.get(name)
             weight = float(output.counts[system.counted_by(name)] if number is None else number)
@@ -70,8 +76,12 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
     losses, counts, metrics, weighed = (
         {name: next(found) for name in names} for names in (sums, counts, metrics, weighed)
     )
-    losses = {name: total / counts[name] for name, total in losses.items() if counts[name]}
     metrics = {name: total / weighed[name] for name, total in metrics.items() if weighed[name]}
+    if isinstance(system, PooledSystem):
+        features, _ = gather_items(world, {name: torch.cat(values) for name, values in pooled.items()})
+        losses |= {name: float(value) for name, value in system.pooled_losses(features).items()}
+        metrics |= system.pooled_scores({name: value.cpu() for name, value in features.items()})
+    losses = {name: total / counts[name] for name, total in losses.items() if counts[name]}
     everyone = [one for rank in world.gather(seen) for one in rank]
     predictions = {name: torch.cat([one[name] for one in everyone]) for name in everyone[0]}
     loss = sum(system.weights[name] * mean for name, mean in losses.items())
@@ -101,7 +111,7 @@ def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedB
 def _swapped(media: MediaBatch) -> MediaBatch:
     """Every picture with its neighbour's content, resized where that has another size."""
     if media.features is not None:
-        given = media.features.split(media.length.tolist())
+        given = media.features.split(media.feature_rows(media.features))
         moved = [_as_long(there, len(here)) for here, there in zip(given, [given[-1], *given[:-1]], strict=True)]
         return replace(media, features=torch.cat(moved))
     if media.codes is not None:  # of squares of one size
@@ -217,14 +227,14 @@ def blocks(dealt: dict[bytes, list[Captioned]], candidates: int) -> Iterator[lis
 
 @torch.no_grad()
 def encode_pictures(engine: SingleEngine, layout: Layout, items: list[Captioned], chunk: int = 64) -> list[Tensor]:
-    """[T, D] features of each item's picture, on every rank."""
+    """[rows, D] features of each item's picture, on every rank."""
     assert isinstance(engine.system, GenerativeSystem)
     features: list[Tensor] = []
     for start in range(0, len(items), chunk):
         batch = _shown(items[start : start + chunk], layout).to(engine.device)
         image = batch.media["image"]
         found = engine.call(engine.system.features, "image", image) if image.features is None else image.features
-        features += found.float().split(image.length.tolist())
+        features += found.float().split(image.feature_rows(found))
     return features
 
 
@@ -380,7 +390,12 @@ def final_evaluation(
         engine.system.train()
         return {"test_loss": found.loss, **{f"test_{name}": v for name, v in {**found.losses, **found.metrics}.items()}}
     loss = caption_loss(engine, layout, batches())
+    together: dict[str, float] = {}
+    if isinstance(engine.system, PooledSystem):
+        found = means(engine, layout, batches())
+        together = {f"test_{name}": value for name, value in {**found.losses, **found.metrics}.items()}
     result: dict[str, Any] = {
+        **together,
         "unigram_loss": unigram_loss(train, test, len(layout.tokenizer)),
         "test_tokens": len(learned_tokens(test, range(len(test)))),
     }

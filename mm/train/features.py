@@ -33,7 +33,7 @@ from mm.data.features import (
     medium_of,
     require_same_each_time,
 )
-from mm.data.layout import Layout
+from mm.data.layout import FeatureShape, Layout
 from mm.data.media import Decoder
 from mm.data.packed import PackedDataset
 from mm.data.prepare import open_splits
@@ -121,7 +121,7 @@ class _Network:
 
     role: Role
     medium: str
-    width: int
+    shape: FeatureShape
     settings: dict[str, Any]
     weights: str
     encode: Encode
@@ -176,11 +176,12 @@ def encode(
                 layout,
                 network.role,
                 describe(layout, network.medium, _decoder(run, split), network.settings, network.weights),
-                network.width,
+                network.shape.width,
                 network.encode,
                 about,
                 run.data.workers,
                 teller.packing,
+                network.shape.rows,
             )
             teller.event(_announced(split, job))
             finished = job.run(slice)
@@ -206,7 +207,7 @@ def _teachers(config: Run, device: str | None) -> Iterator[tuple[Run, _Network]]
             teacher = _teacher(run, layout)
             settings, weights = _of_teacher(teacher)
             coded = _coder(teacher, layout, resolve_device(device or run.train.device, 0))
-            yield run, _Network(CODES, teacher.medium, len(teacher.sizes), settings, weights, coded)
+            yield run, _Network(CODES, teacher.medium, FeatureShape(len(teacher.sizes)), settings, weights, coded)
 
 
 def _teacher(run: Run, layout: Layout) -> Teacher:
@@ -242,7 +243,7 @@ def _towers(config: Run, device: str | None) -> Iterator[tuple[Run, _Network]]:
             tower = tower_of(system, medium)
             weights = digest(getattr(system, tower.name))
             encoded = _encoder(system, medium, resolve_device(device or run.train.device, 0), run.train.precision)
-            yield run, _Network(FEATURES, medium, tower.width, _of_tower(tower, run), weights, encoded)
+            yield run, _Network(FEATURES, medium, tower.shape, _of_tower(tower, run), weights, encoded)
 
 
 def _initial_systems(config: Run) -> Iterator[tuple[Run, System]]:

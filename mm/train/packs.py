@@ -123,12 +123,13 @@ class Packs:
                 found.setdefault(one.kind, []).append((row, one))
                 batch.modality[row, self.layout.span(one.kind, one.position, one.length)] = MODALITIES[one.kind]
         for kind, items in found.items():
-            width = self.layout.features.get(kind)
+            given = self.layout.features.get(kind)
             shapes = [
-                decoded_shape(one, self.layout, packs[row].segments[one.segment].id) if width is None else (0, 0, 0)
+                decoded_shape(one, self.layout, packs[row].segments[one.segment].id) if given is None else (0, 0, 0)
                 for row, one in items
             ]
-            size = (sum(one.length for _, one in items), width or 0)
+            positions = sum(one.length for _, one in items)
+            size = (sum(given.count(one.length) for _, one in items), given.width) if given else (0, 0)
             offsets = torch.tensor([0, *np.cumsum([math.prod(shape) for shape in shapes])])
             batch.media[kind] = MediaBatch(
                 values=torch.empty(int(offsets[-1]), device="meta"),
@@ -138,8 +139,8 @@ class Packs:
                 position=torch.tensor([one.position for _, one in items]),
                 length=torch.tensor([one.length for _, one in items]),
                 cost=torch.tensor([one.cost for _, one in items]),
-                features=None if width is None else torch.empty(size, dtype=torch.bfloat16, device="meta"),
-                codes=torch.zeros(size[0], self.codebooks, dtype=torch.int32) if self.codebooks else None,
+                features=torch.empty(size, dtype=torch.bfloat16, device="meta") if given else None,
+                codes=torch.zeros(positions, self.codebooks, dtype=torch.int32) if self.codebooks else None,
             )
         return batch
 

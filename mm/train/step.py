@@ -18,6 +18,7 @@ from mm.data.layout import Layout
 from mm.data.sample import keyed_seed
 from mm.errors import ConfigError
 from mm.models.system import PooledSystem, System
+from mm.train.distributed import World
 from mm.train.engines.single import SingleEngine
 from mm.train.guard import Guard, Verdict
 
@@ -149,11 +150,16 @@ class Stepper:
             key = (kind, name)
             sums[key] = sums[key] + value.detach() if key in sums else value.detach().clone()
 
-        pooled = self._pool(batches, totals) if isinstance(self.engine.system, PooledSystem) else None
-        weights = self.engine.system.weights
+        system, pooled = self.engine.system, None
+        if isinstance(system, PooledSystem) and len(batches) > 1:
+            pooled = self._pool(system, self._features(batches), totals)
+        weights = system.weights
         for index, batch in enumerate(self._moved(batches)):
             self.world.at(step + 1, f"micro-batch {index + 1} of {len(batches)}")
             output = self.engine.forward(batch)
+            if isinstance(system, PooledSystem) and pooled is None:
+                features = {name: value.detach() for name, value in output.features.items()}
+                pooled = self._pool(system, [features], totals)
             terms = [weights[name] * loss / max(totals.losses[name], 1) for name, loss in output.losses.items()]
             if pooled is not None:
                 terms += [(output.features[name] * grad).sum() for name, grad in pooled.gradients[index].items()]
@@ -163,7 +169,7 @@ class Stepper:
             for name, value in output.metrics.items():
                 number = output.metric_counts.get(name)
                 if number is None:
-                    number = output.counts[self.engine.system.counted_by(name)]
+                    number = output.counts[system.counted_by(name)]
                 add("metric", name, value * number)
                 add("weight", name, number.to(value))
             if len(self.sources) > 1 and output.rows:
@@ -208,42 +214,32 @@ class Stepper:
         optimizer.take_extra(total)
         self.engine.discard()
 
-    def _pool(self, batches: list[PackedBatch], totals: Counted) -> "_Pooled":
-        """Gradients of objectives over all items of the step, of whatever micro-batch and rank (GradCache, 2101.06983).
-
-        Features are computed without a graph, gathered, and their gradients kept; the micro-batches then run again and
-        hand them on.
-        """
-        system = self.engine.system
-        assert isinstance(system, PooledSystem)
+    def _features(self, batches: list[PackedBatch]) -> list[dict[str, Tensor]]:
+        """Of the items of each micro-batch, without a graph; they run again to hand gradients on."""
         before = _rng_state(self.device)
         with torch.no_grad():
             features = [self.engine.forward(batch).features for batch in self._moved(batches)]
         _set_rng_state(self.device, before)
-        names = list(features[0])
-        items = [len(one[names[0]]) for one in features]
-        by_rank = self.world.gather(sum(items))
-        everyone = {
-            name: self._gather(torch.cat([one[name].float() for one in features]), by_rank).requires_grad_()
-            for name in names
-        }
+        return features
+
+    def _pool(self, system: PooledSystem, features: list[dict[str, Tensor]], totals: Counted) -> "_Pooled":
+        """Gradients of objectives over all items of the step, of whatever micro-batch and rank (GradCache, 2101.06983).
+
+        features: of this rank's micro-batches, which are gathered from all ranks.
+        """
+        items = [len(next(iter(one.values()))) for one in features]
+        together = {name: torch.cat([one[name].float() for one in features]) for name in features[0]}
+        everyone, by_rank = gather_items(self.world, together)
+        for value in everyone.values():
+            value.requires_grad_()
         losses = system.pooled_losses(everyone)
         weighted = [system.weights[name] * loss / max(totals.losses[name], 1) for name, loss in losses.items()]
         # Every rank works out all of it, and takes its own items' part.
         gradients = torch.autograd.grad(torch.stack(weighted).sum(), list(everyone.values()))
         first = sum(by_rank[: self.world.rank])
         split = [grad[first : first + sum(items)].split(items) for grad in gradients]
-        by_batch = [{name: split[n][i] for n, name in enumerate(names)} for i in range(len(batches))]
+        by_batch = [{name: split[n][i] for n, name in enumerate(everyone)} for i in range(len(items))]
         return _Pooled(by_batch, {name: loss.detach() for name, loss in losses.items()})
-
-    def _gather(self, value: Tensor, sizes: list[int]) -> Tensor:
-        """Of all ranks, in order, of which each gives so many items."""
-        if self.world.ranks == 1:
-            return value
-        padded = torch.cat([value, value.new_zeros(max(sizes) - len(value), *value.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def _moved(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches on the device, each copied while the one before it is at work."""
@@ -269,6 +265,20 @@ class Stepper:
                 torch.cuda.current_stream(self.device).wait_event(ready[1])
                 ready[0].record_stream(torch.cuda.current_stream(self.device))
                 yield ready[0]
+
+
+def gather_items(world: World, items: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """Tensors with one entry an item, [n, …], of all ranks one behind the other; and how many items each rank gave."""
+    sizes = world.gather(len(next(iter(items.values()))))
+    if world.ranks == 1:
+        return items, sizes
+    gathered = {}
+    for name, value in items.items():
+        padded = torch.cat([value, value.new_zeros(max(sizes) - len(value), *value.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        gathered[name] = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return gathered, sizes
 
 
 @dataclass(slots=True)

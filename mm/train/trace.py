@@ -57,12 +57,13 @@ class Trace:
         return [self.peak, self.busiest]
 
 
-def trace_step(system: System, batch: PackedBatch, train: TrainConfig) -> Trace:
+def trace_step(system: System, batch: PackedBatch, train: TrainConfig, several: bool = False) -> Trace:
     """Run one micro-batch and the update.
 
     Args:
         system: on the meta device, adapted, frozen and checkpointed as it will be; it is left as it is.
         batch: on the CPU, its media's values and features on the meta device.
+        several: it is one of several micro-batches of a step, so that a `PooledSystem` runs it twice.
     """
     register()
     mode, live, flops = FakeTensorMode(allow_non_fake_inputs=True), _Live(), _Flops()
@@ -76,7 +77,7 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig) -> Trace:
             parameter.register_post_accumulate_grad_hook(lambda one: live.note(one.grad, "gradients"))
         live.restart()
         batch = _on_device(batch)
-        loss = _loss(system, batch, train.precision)
+        loss = _loss(system, batch, train.precision, several)
         flops.phase = "backward"
         loss.backward()
         if train.clip_norm is not None:
@@ -94,19 +95,18 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig) -> Trace:
     return Trace(flops.counts, peak, {**busiest, **kept}, live.now["gradients"])
 
 
-def _loss(system: System, batch: PackedBatch, precision: str) -> Tensor:
+def _loss(system: System, batch: PackedBatch, precision: str, several: bool) -> Tensor:
     def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
             return system(batch)
 
     losses: dict[str, Tensor] = {}
-    if isinstance(system, PooledSystem):
+    if isinstance(system, PooledSystem) and several:
         with torch.no_grad():  # for the features of the whole step, before gradients are known
             forward()
-        output = forward()
+    output = forward()
+    if isinstance(system, PooledSystem):
         losses = system.pooled_losses(output.features)
-    else:
-        output = forward()
     return torch.stack([system.weights[name] * one for name, one in {**output.losses, **losses}.items()]).sum()
 
 

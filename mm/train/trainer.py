@@ -26,7 +26,7 @@ from mm.data.loader import one_pass
 from mm.data.packed import PackedDataset
 from mm.errors import ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
-from mm.models.system import GenerativeSystem, PooledSystem, System
+from mm.models.system import GenerativeSystem, System
 from mm.train import checkpoint, evaluate
 from mm.train.accelerators import peak_flops
 from mm.train.blocks import checkpoint_activations, compile_blocks, find_blocks
@@ -217,7 +217,7 @@ class Trainer:
         self.aside: Aside | None = None
         if config.data.features:
             self.aside = Aside.take(system, medium_of(stage.layout))
-            self.layout = stage.layout = replace(stage.layout, features={self.aside.medium: self.aside.tower.width})
+            self.layout = stage.layout = replace(stage.layout, features={self.aside.medium: self.aside.tower.shape})
         blocks = find_blocks(system, train.blocks)
         checkpoint_activations(system, train.activation_checkpointing, blocks)
         if train.compile:
@@ -231,11 +231,6 @@ class Trainer:
         self.guard = Guard(train.guard)
         sources = list(stage.splits["train"].about["ledger"])
         self.stepper = Stepper(self.engine, stage.layout, self.guard, config.seed, train.clip_norm, sources)
-        if isinstance(self.system, PooledSystem) and (config.evaluation.every or "test" in stage.splits):
-            raise ConfigError(
-                f"a {config.model.kind} model has objectives over whole steps, which are not evaluated: set "
-                "evaluation.every=0 and leave out data.test"
-            )
         if same:
             assert newest is not None
             self._restore(stage, newest)

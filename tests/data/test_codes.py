@@ -127,7 +127,7 @@ def test_the_files_are_safetensors_of_whole_numbers(copy: Path, all_media: Layou
     batches = [batch.media["audio"] for batch in one_pass(heard, all_media, 1) if "audio" in batch.media]
     assert torch.equal(torch.cat([one.int() for one in found]), torch.cat(list(map(coded, batches))).int())
     about = json.loads((beside.folder / "codes.json").read_text())
-    assert about["items"] == 24 and about["positions"] == sum(map(len, found)) and about["width"] == 2
+    assert about["items"] == 24 and about["rows"] == sum(map(len, found)) and about["width"] == 2
 
 
 def test_other_media_are_not_decoded_for_them(heard: PackedDataset, copy: Path, all_media: Layout) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mm.data import plan
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
 from mm.data.features import FEATURES, Encoding, describe, find, medium_of
-from mm.data.layout import Layout
+from mm.data.layout import FeatureShape, Layout
 from mm.data.loader import PackedLoader, one_pass
 from mm.data.packed import PackedDataset
 from mm.data.takedown import take_down
@@ -267,6 +267,8 @@ def test_models_that_cannot_read_features_say_so(layout: Layout, all_media: Layo
 
 def test_a_dummy_has_features_where_they_are_read(packed: PackedDataset, layout: Layout) -> None:
     text = replace(packed.read(0), media=())
-    (media,) = with_dummies(collate([text], layout, 64), replace(layout, features={"image": WIDTH})).media.values()
+    (media,) = with_dummies(
+        collate([text], layout, 64), replace(layout, features={"image": FeatureShape(WIDTH)})
+    ).media.values()
     assert media.dummy and media.values.numel() == 0
     assert media.features is not None and media.features.shape == (4, WIDTH) and not media.features.any()

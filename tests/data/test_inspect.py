@@ -231,7 +231,7 @@ def test_codes_and_the_tokens_around_pictures_are_shown(tmp_path: Path) -> None:
         assert picture.size == (4, 4) and len(picture.getcolors() or ()) == 16, "a colour a code"
     (found,) = summary(dataset)["codes"]
     assert (found["of"], found["medium"], found["codebooks"]) == ("numbers", "image", 1)
-    assert (found["items"], found["positions"], found["unreadable"]) == (2, 32, 0)
+    assert (found["items"], found["rows"], found["unreadable"]) == (2, 32, 0)
 
 
 @pytest.fixture
