@@ -42,3 +42,19 @@ class PoolMLP(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """[..., D] pooled features to [..., D_out]."""
         return self.mlp(pooled)
+
+
+class MLP(nn.Module):
+    """Features, as many as there are and in no grid, to D_out wide each: Linear, GELU, Linear."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+
+    def pool(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Each feature [..., D] has a position: nothing is pooled."""
+        return features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., D] to [..., D_out]."""
+        return self.mlp(features)

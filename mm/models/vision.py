@@ -7,9 +7,14 @@ the final norm). No block is taken away: what is saved is the tower as it was pu
 Pictures in their own aspect ratio go through a vision transformer of timm together, as one sequence of patches without
 padding: position embeddings are resampled to each grid, as timm does it, and a patch attends to its own picture alone.
 Each module runs once a batch, whatever the grids are, so with sharded weights no rank waits for another.
+
+Where tokens merge, or frames of clips look at one another, the blocks of timm's vision transformers run with room for
+that (`mm.models.vit`); else towers run as their libraries run them.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -27,6 +32,8 @@ from mm.data.batch import MediaBatch
 from mm.errors import ConfigError
 from mm.models.config import VisionConfig
 from mm.models.grids import Grid, each_grid
+from mm.models.merging import counts, schedule, unmerge
+from mm.models.vit import make_room, run_blocks
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,12 @@ class Runs:
 
 
 class VisionTower(nn.Module):
-    """See the module. `width` of a feature; a feature for every `patch` by `patch` pixels."""
+    """See the module. `width` of a feature; a feature for every `patch` by `patch` pixels, or, where `is_grid` is
+    false, `features` of a square: those of merged patches, and of the class token in front where `class_token` is
+    true."""
+
+    temporal: nn.ModuleList | None
+    """What blocks call where they run on clips; see `set_temporal`."""
 
     def __init__(self, config: VisionConfig, weights: bool = True) -> None:
         super().__init__()
@@ -66,25 +78,97 @@ class VisionTower(nn.Module):
                 f"model.vision.patch_size {config.patch}: block {config.block} of {config.name} has a feature for "
                 f"every {self.patch} pixels; set model.vision.patch_size to that"
             )
+        self.norm = config.norm
+        if self.norm and _final_norm(self.featurizer) is None:
+            raise ConfigError(
+                f"model.vision.norm: {config.name} has no final layer norm over single patches; leave it out"
+            )
         self.native = config.resize == "native"
         if self.native:
             _attend_within_pictures(self.featurizer, config.name)
+        self.name, self.merge, self.temporal = config.name, config.merge, None
+        self.is_grid, self.class_token = config.is_grid, config.class_token
+        self.prefix = _prefix_tokens(self.featurizer)
+        if self.class_token and self.prefix != 1:
+            raise ConfigError(
+                f"model.vision.class_token: {config.name} has {self.prefix} tokens in front of its patches, not a "
+                "class token alone; leave it out"
+            )
+        self.features = config.patches + self.class_token
+        if self.merge is not None:
+            rs = schedule(self.merge.r, self.merge.inflect, self.block + 1)
+            make_room(self.featurizer, f"model.vision.merge: {config.name}", rs, self.merge.proportional)
+            if not self.merge.restore:
+                self.features = counts(config.patches, rs)[-1] + self.class_token
+
+    def set_temporal(self, modules: Sequence[nn.Module]) -> None:
+        """Let each block that runs, `block` + 1 of them, call a module of its own between attention and MLP when it
+        runs on clips: `module(x [n * F, N, D], F)`, prefix tokens in front, all frames of a clip together.
+
+        Raises `ConfigError` for a tower whose blocks are not known, and for one that merges: then a place is of another
+        patch in every frame.
+        """
+        if self.merge is not None:
+            raise ConfigError(
+                f"model.vision.merge: {self.name} looks across the frames of clips, in which the same place would be "
+                "of other patches; leave out one of the two"
+            )
+        self.temporal = nn.ModuleList(modules)
+        make_room(self.featurizer, f"model.vision.name: {self.name}", [0] * (self.block + 1), between=modules)
 
     def forward(self, media: MediaBatch) -> Tensor:
-        """[sum rows * columns, D]: the features of all pictures, row by row of their grids, prefix tokens left out."""
-        return self._ragged(media) if self.native else self.of_squares(media.stacked()).flatten(0, 1)
+        """[sum rows * columns, D]: the features of all pictures, row by row of their `grids`, prefix tokens left out;
+        of clips those of each frame."""
+        if self.native:
+            return self._normed(self._ragged(media))
+        pixels = media.stacked()
+        return self.of_clips(pixels).flatten(0, 2) if pixels.ndim == 5 else self.of_squares(pixels).flatten(0, 1)
 
     def grids(self, media: MediaBatch) -> list[Grid]:
-        """(rows, columns) of the features of each picture."""
+        """(rows, columns) of the features of each picture; one row of all where they are no grid."""
+        if not self.is_grid:
+            return [(1, self.features)] * len(media)
         return [(height // self.patch, width // self.patch) for _, height, width in media.shapes.tolist()]
 
     def of_squares(self, pixels: Tensor) -> Tensor:
         """[N, 3, S, S] pixels to [N, T, D] features."""
+        return self._normed(self._of_block(pixels))
+
+    def _of_block(self, pixels: Tensor) -> Tensor:
+        if self.merge is not None or self.temporal is not None:
+            return self._by_block(pixels, None)
         featurizer: Any = self.featurizer
         run = partial(featurizer.forward_intermediates, pixels, indices=[self.block], intermediates_only=True)
+        if self.class_token:
+            return _with_class_token(run, hasattr(featurizer, "transformer"))
         found = run(stop_early=True, output_fmt="NCHW")  # both libraries leave the norm out by default
         (features,) = found if isinstance(found, list) else found["image_intermediates"]
         return rearrange(features, "n d h w -> n (h w) d")
+
+    def of_clips(self, pixels: Tensor) -> Tensor:
+        """[N, F, 3, S, S] pixels of clips to [N, F, T, D] features."""
+        frames = pixels.shape[1]
+        flat = pixels.flatten(0, 1)
+        features = self._of_block(flat) if self.temporal is None else self._by_block(flat, frames)
+        return self._normed(features).unflatten(0, (-1, frames))
+
+    def _normed(self, features: Tensor) -> Tensor:
+        norm = _final_norm(self.featurizer) if self.norm else None
+        return features if norm is None else norm(features)
+
+    def sources(self, media: MediaBatch) -> Tensor:
+        """int64 [N, patches]: which token, class token not counted, each patch of each picture was merged into."""
+        with torch.no_grad():
+            _, source = run_blocks(self.featurizer, media.stacked(), self.block + 1, trace=True)
+        assert source is not None
+        return source[:, self.prefix :] - self.prefix
+
+    def _by_block(self, pixels: Tensor, frames: int | None) -> Tensor:
+        restore = self.merge is not None and self.merge.restore
+        hidden, source = run_blocks(self.featurizer, pixels, self.block + 1, frames, trace=restore)
+        if source is not None:
+            hidden = unmerge(hidden, source)
+        return hidden[:, self.prefix - self.class_token :]
 
     def _ragged(self, media: MediaBatch) -> Tensor:
         vit, grids = cast(VisionTransformer, self.featurizer), self.grids(media)
@@ -147,6 +231,12 @@ def _from_open_clip(config: VisionConfig, weights: bool) -> nn.Module:
     return tower if trunk is None else trunk
 
 
+def _final_norm(featurizer: Any) -> nn.Module | None:
+    """That of a vision transformer's tokens. It looks at each by itself, so it may come behind what picks some."""
+    norm = featurizer.ln_post if hasattr(featurizer, "ln_post") else getattr(featurizer, "norm", None)
+    return norm if isinstance(norm, nn.LayerNorm) else None
+
+
 def _blocks(featurizer: Any) -> list[tuple[int, int]]:
     """Of every block the width of a feature, and the pixels along its side."""
     if hasattr(featurizer, "feature_info"):
@@ -154,6 +244,20 @@ def _blocks(featurizer: Any) -> list[tuple[int, int]]:
     if hasattr(featurizer, "transformer"):
         return [(featurizer.transformer.width, featurizer.patch_size[0])] * featurizer.transformer.layers
     return []
+
+
+def _prefix_tokens(featurizer: Any) -> int:
+    """Tokens in front of the patches."""
+    return 1 if hasattr(featurizer, "transformer") else getattr(featurizer, "num_prefix_tokens", 0)
+
+
+def _with_class_token(run: Any, of_open_clip: bool) -> Tensor:
+    """[N, 1 + T, D] of `forward_intermediates`."""
+    if of_open_clip:
+        found = run(stop_early=True, output_fmt="NLC", output_extra_tokens=True)
+        return torch.cat([*found["image_intermediates_prefix"], *found["image_intermediates"]], dim=1)
+    ((patches, token),) = run(stop_early=True, output_fmt="NLC", return_prefix_tokens=True)
+    return torch.cat([token, patches], dim=1)
 
 
 def _attend_within_pictures(featurizer: nn.Module, name: str) -> None:
@@ -206,3 +310,15 @@ def _within_pictures(query: Tensor, key: Tensor, value: Tensor, runs: Runs, drop
         part = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         parts.append(rearrange(part, "s h m d -> (s m) (h d)"))
     return torch.cat(parts)
+
+
+def depth_of(config: VisionConfig) -> int:
+    """Blocks of a tower that run. It is built without memory, once for each config, and raises `ConfigError` if it
+    cannot be."""
+    return _depth_of(config.model_dump_json())
+
+
+@functools.cache
+def _depth_of(config: str) -> int:
+    with torch.device("meta"):
+        return VisionTower(VisionConfig.model_validate_json(config), weights=False).block + 1

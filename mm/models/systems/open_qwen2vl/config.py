@@ -13,6 +13,7 @@ from mm.models.config import (
     PoolMLPConfig,
     TemplateConfig,
     VisionConfig,
+    check_connector,
 )
 
 if TYPE_CHECKING:
@@ -43,21 +44,12 @@ class OpenQwen2VLConfig(BackboneSection):
         vision, connector = self.vision, self.connector
         if vision.resize == "native":
             return self.template.layout(tokenizer, image=NativeLayout(connector.pool, vision.transform()))
-        tokens = connector.count(vision.side, vision.side)
+        tokens = connector.positions(vision)
         return self.template.layout(tokenizer, image=ImageLayout(tokens, vision.patches, vision.transform()))
 
     @model_validator(mode="after")
-    def _pools_and_does_not_stretch(self) -> "OpenQwen2VLConfig":
-        vision, connector = self.vision, self.connector
-        if vision.resize == "native" and connector.pool is None:
-            raise ValueError("vision.resize native gives grids of any size: set connector.pool, not connector.tokens")
-        if vision.resize == "native" and connector.pool**2 > (most := vision.max_patches or vision.patches):
-            raise ValueError(f"connector.pool {connector.pool}: larger windows than the {most} patches of a picture")
-        if vision.resize == "square" and connector.count(vision.side, vision.side) > vision.patches:
-            raise ValueError(
-                f"connector.tokens {connector.tokens} is more than the {vision.patches} patches of vision at "
-                f"{vision.image_size} pixels"
-            )
+    def _connects(self) -> "OpenQwen2VLConfig":
+        check_connector(self.vision, self.connector)
         return self
 
     def build(self, weights: bool = True) -> "OpenQwen2VL":

@@ -23,15 +23,19 @@ class OpenQwen2VL(GenerativeSystem):
         self.vision = VisionTower(config.vision, weights)
         self.language = backbone.load(config.language, len(tokenizer), weights)
         width = self.language.get_input_embeddings().embedding_dim
-        self.connector = config.connector.build(self.vision.width, width)
+        self.connector = config.connector.build(self.vision.width, width, weights)
         tower = config.vision.model_dump(mode="json", exclude={"pretrained", "crop", "flip"})
         settings = {"vision": tower, "connector": config.connector.model_dump(mode="json")}
-        self.media_towers = {"image": Tower("vision", self.vision.width, settings)}
+        self.rows = None if config.connector.takes_grid else self.vision.features
+        self.media_towers = {"image": Tower("vision", self.vision.width, settings, self.rows)}
         self.sparsify(config, ("image",))
 
     def features(self, medium: str, media: MediaBatch) -> Tensor:
         assert medium == "image"
-        return self.connector.pool(self.vision(media), self.vision.grids(media))
+        features: Tensor = self.vision(media)
+        return features if self.rows else self.connector.pool(features, self.vision.grids(media))
 
     def connect(self, medium: str, features: Tensor) -> Tensor:
-        return self.connector(features)
+        if self.rows is None:
+            return self.connector(features)
+        return self.connector(features.unflatten(0, (-1, self.rows))).flatten(0, 1)
