@@ -30,10 +30,14 @@ class Template:
     """The system turn of conversations without one; None: that of `chat`; empty: none."""
     around_image: tuple[str, str] | None = None
     """Begin and end of a picture: tokens around its positions, and part of it."""
+    bos_behind_media: bool = False
+    """`bos` stands behind the media that a document opens with."""
 
     def describe(self) -> dict[str, Any]:
         """What a packed set depends on."""
         about = asdict(self)
+        if not self.bos_behind_media:
+            del about["bos_behind_media"]
         around = about.pop("around_image")
         return about if around is None else {**about, "around_image": list(around)}
 
@@ -153,15 +157,34 @@ class VideoLayout:
     tokens: int
     cost: int
     transform: ImageTransform
+    pooled: bool = False
+    """The positions are those of the whole clip, not of a frame."""
 
     def count(self) -> tuple[int, int]:
         """(positions in the row, encoder tokens) of a clip."""
-        return self.frames * self.tokens, self.frames * self.cost
+        return self.tokens if self.pooled else self.frames * self.tokens, self.frames * self.cost
+
+    def describe(self) -> dict[str, Any]:
+        """What a packed set depends on."""
+        about = {"frames": self.frames, "tokens": self.tokens, "cost": self.cost}
+        return {**about, **({"pooled": True} if self.pooled else {})}
 
     def shape(self) -> tuple[int, int, int, int]:
         """[F, C, H, W] of a decoded clip."""
         assert isinstance(self.transform.size, int), "frames are squares"
         return self.frames, 3, self.transform.size, self.transform.size
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureShape:
+    """Of what a tower gives of a medium: rows of `width` numbers, one for each position, or `rows` for every item."""
+
+    width: int
+    rows: int | None = None
+
+    def count(self, positions: int) -> int:
+        """Rows of an item with so many positions."""
+        return self.rows or positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +197,8 @@ class Layout:
     image: ImageLayout | NativeLayout | None = None
     audio: AudioLayout | None = None
     video: VideoLayout | None = None
-    features: dict[str, int] = field(default_factory=dict)
-    """Media whose features are read instead of being decoded, with their width."""
+    features: dict[str, FeatureShape] = field(default_factory=dict)
+    """Media whose features are read instead of being decoded."""
 
     def media(self) -> tuple[str, ...]:
         """The media that the model takes."""
@@ -210,7 +233,7 @@ class Layout:
             "pad": self.pad,
             "image": image and image.describe(),
             "audio": audio and asdict(audio),
-            "video": video and {"frames": video.frames, "tokens": video.tokens, "cost": video.cost},
+            "video": video and video.describe(),
         }
 
     def fingerprint(self) -> str:

@@ -78,7 +78,8 @@ class ImageTransform:
     channel (RGB).
 
     In training a picture may first be cut to a drawn box of at least `crop` of its area (Szegedy et al., 1409.4842),
-    and every second one mirrored (`flip`).
+    and every second one mirrored (`flip`). With `middle`, for squares, the square in the middle is all that is looked
+    at; else the whole picture is, whatever its shape.
     """
 
     size: int | Native
@@ -86,6 +87,7 @@ class ImageTransform:
     std: tuple[float, float, float]
     crop: float = 1.0
     flip: bool = False
+    middle: bool = False
 
     def pixels(self, header: ImageHeader) -> tuple[int, int]:
         """(height, width) that a picture with this header is resized to."""
@@ -170,10 +172,14 @@ def decode_image(
     """
     image = _open(data, where)
     try:
-        box = None if rng is None or transform.crop >= 1 else draw_box(image.width, image.height, transform.crop, rng)
-        header = ImageHeader(image.width, image.height)
-        size = transform.pixels(header) if out is None else (out.shape[1], out.shape[2])
-        pixels = resize(image, size, box) if decoder == "exact" else _fast_resize(image, data, size, box)
+        (width, height), middle, box = image.size, transform.middle, None
+        if rng is not None and transform.crop < 1:
+            box = draw_box(width, height, transform.crop, rng, middle)
+        size = transform.pixels(ImageHeader(width, height)) if out is None else (out.shape[1], out.shape[2])
+        whole = _covering(width, height, size[0]) if middle and box is None else size
+        pixels = resize(image, whole, box) if decoder == "exact" else _fast_resize(image, data, whole, box)
+        top, left = (round((have - want) / 2) for have, want in zip(whole, size, strict=True))
+        pixels = pixels[top : top + size[0], left : left + size[1]]
     except Exception as error:
         raise DataError(f"{where}: the picture is damaged ({error})") from None
     if rng is not None and transform.flip and rng.random() < 0.5:
@@ -271,8 +277,19 @@ def normalise(pixels: np.ndarray, transform: ImageTransform, out: np.ndarray | N
     return out
 
 
-def draw_box(width: int, height: int, crop: float, rng: np.random.Generator) -> Box:
-    """A box of `crop` to 1 of the area, its shape within 3:4 and 4:3 of the picture's."""
+def _covering(width: int, height: int, side: int) -> tuple[int, int]:
+    """(height, width) of a picture whose shorter side is brought to `side`, rounded as torchvision's `Resize` does."""
+    long = int(side * max(width, height) / min(width, height))
+    return (long, side) if width <= height else (side, long)
+
+
+def draw_box(width: int, height: int, crop: float, rng: np.random.Generator, middle: bool = False) -> Box:
+    """A box of `crop` to 1 of the area, its shape within 3:4 and 4:3 of the picture's, or of the middle square's."""
+    if middle:
+        side = min(width, height)
+        x, y = (width - side) / 2, (height - side) / 2
+        left, top, right, bottom = draw_box(side, side, crop, rng)
+        return left + x, top + y, right + x, bottom + y
     area, ratio = rng.uniform(crop, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     w, h = width * min(1, np.sqrt(area * ratio)), height * min(1, np.sqrt(area / ratio))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)

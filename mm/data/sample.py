@@ -99,6 +99,18 @@ Chat = Literal["chatml", "release", "fixed", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What a visit sees of a document: at most so many tokens and media. See `mm.data.tokens.window_of`.
+
+    `before`: up to so many tokens stand in front of the first medium.
+    """
+
+    tokens: int
+    media: int
+    before: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One document. `id` is `source/shard/key` (`…#k` for a piece of one) and survives every rewrite."""
 
@@ -109,19 +121,32 @@ class Sample:
     """Media of the document that the source left out."""
     text_first: float = 0.0
     """Chance that a visit sees all text before the media."""
+    blank: float = 0.0
+    """Chance that a visit sees a blank in front of the first text that is learned."""
+    reverse: float = 0.0
+    """Chance that a visit sees `backwards` in place of `parts`."""
+    backwards: tuple[Part, ...] = ()
+    learn_after_media: bool = False
+    """Text is learned behind a medium only, up to the next special token."""
+    window: Window | None = None
 
     def drawn(self, seed: int, visit: int) -> tuple[Visible, ...]:
         """The parts with every choice made, and in order: a pure function of (seed, visit, id).
 
         Choices walk through a seeded permutation, so n visits see each of n options once.
         """
+        is_reversed = self.reverse and keyed_rng(seed, visit, self.id, "reverse").random() < self.reverse
         parts: list[Visible] = []
-        for part in self.parts:
+        for part in self.backwards if is_reversed else self.parts:
             if isinstance(part, Choice):
                 order = keyed_rng(seed, self.id).permutation(len(part.options))
                 parts += part.options[order[visit % len(order)]]
             else:
                 parts.append(part)
+        if self.blank and keyed_rng(seed, visit, self.id, "blank").random() < self.blank:
+            learned = (n for n, part in enumerate(parts) if isinstance(part, Text) and part.loss)
+            if (first := next(learned, None)) is not None:
+                parts.insert(first, Text(" "))
         if self.text_first and keyed_rng(seed, visit, self.id, "text first").random() < self.text_first:
             parts.sort(key=lambda part: isinstance(part, Media))  # stable: else the order stays
         return tuple(parts)

@@ -14,6 +14,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,7 +24,7 @@ import pyarrow as pa
 from mm.data.chat import is_chat
 from mm.data.layout import Layout
 from mm.data.limits import Limits
-from mm.data.sample import Sample
+from mm.data.sample import Sample, Visible, keyed_rng
 from mm.data.shards import Extent, Placed, Stale
 from mm.data.sources import Source, sample_id
 from mm.data.tables import Lost
@@ -32,11 +33,14 @@ from mm.data.tokens import (
     DoesNotFit,
     Segment,
     SegmentMedia,
+    Unit,
     costs_of,
     join_units,
+    learned_after_media,
     read_units,
     split_turns,
     split_units,
+    window_of,
 )
 from mm.errors import DataError
 from mm.files import atomic
@@ -206,9 +210,18 @@ def _segments(
         return [], {"filtered": 1}
     found: list[tuple[str, int, Segment]] = []
     counts = dict.fromkeys(LEDGER, 0) | {"left_out": sample.left_out}
+    read: tuple[Visible, ...] = ()
+    document: list[Unit] = []
     for visit in range(settings.visits):
         parts = sample.drawn(settings.seed, visit)
-        units = read_units(parts, layout, sample.id, settings.limits)
+        if len(parts) != len(read) or not all(map(is_, parts, read)):  # else another window of the same
+            read, document = parts, read_units(parts, layout, sample.id, settings.limits)
+        units = document
+        if sample.window is not None:
+            rng = keyed_rng(settings.seed, visit, sample.id, "window")
+            units = window_of(units, sample.window, rng, sample.id)
+        if sample.learn_after_media:  # of what is seen: the medium that a text follows may be outside of it
+            units = learned_after_media(units)
         whole = join_units(units)
         costs = {"tokens": len(whole), **costs_of(whole.media)}
         over = [name for name, most in settings.capacities.items() if costs[name] > most]

@@ -22,7 +22,7 @@ from mm.data.audio import AUDIO_EXTENSIONS
 from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS, probe_image
 from mm.data.remote import file_name, is_remote
-from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Text, Tokens
+from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Special, Text, Tokens
 from mm.data.shards import Group, Shard, expand, open_shard, stem
 from mm.data.tables import TokenFile, sniff
 from mm.data.video import VIDEO_EXTENSIONS
@@ -171,11 +171,19 @@ class PairsConfig(TextTemplates):
 
     caption: str = "{text}"
     """The text that is learned; fields of the caption object in braces (`{text}`, `{keywords}`, …)."""
-    captions: Literal["draw", "all"] = "draw"
-    """`draw`: one of the captions a visit; `all`: every caption is a sample of its own."""
+    captions: Literal["draw", "all", "first"] = "draw"
+    """`draw`: one of the captions a visit; `all`: every caption is a sample of its own; `first`: the first one alone,
+    which is what COSMO calls `noisy_only`."""
+    alternatives: str = ""
+    """Behind a tab a caption is followed by others, with this between them: `<EOC>` for the texts of COSMO,
+    `caption TAB generated<EOC>generated`."""
     text_first: Number = Field(default=0, ge=0, le=1)
     """Share of visits that see prompt and caption before the medium, drawn anew for each: with pictures that are
     learned, from text to picture. Chameleon, MoMa: 0.5."""
+    blank: Number = Field(default=0, ge=0, le=1)
+    """Share of visits that see a blank in front of the caption, drawn anew for each. COSMO: 0.5."""
+    end_of_chunk: str = ""
+    """A special token behind the caption, which is learned. COSMO: `<|endofchunk|>`."""
 
 
 class CaptionsConfig(PairsConfig):
@@ -222,8 +230,8 @@ class Pairs(TemplatesSource):
 
     def __init__(self, config: PairsConfig, kind: MediaKind, root: str, timed: bool = False, min_side: int = 1) -> None:
         super().__init__(config, config.caption, root)
-        self._kind, self._all, self._timed, self._min_side = kind, config.captions == "all", timed, min_side
-        self._text_first = config.text_first
+        self._config, self._kind, self._timed, self._min_side = config, kind, timed, min_side
+        self._end = (Special(config.end_of_chunk, True),) if config.end_of_chunk and config.caption else ()
 
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
         id = sample_id(self.name, group)
@@ -232,7 +240,8 @@ class Pairs(TemplatesSource):
         fields = self._fields(group, where, limits)
 
         def sample(id: str, *parts: Part) -> Sample:
-            return Sample(id, parts, fields, text_first=self._text_first)
+            config = self._config
+            return Sample(id, (*parts, *self._end), fields, text_first=config.text_first, blank=config.blank)
 
         if self._timed:
             return [
@@ -243,8 +252,10 @@ class Pairs(TemplatesSource):
         captions = [one for one in self._captions(group, fields, where, limits) if self._wanted(one)]
         if not captions or is_small(media, self._min_side, where, limits):
             return []  # left out, and counted so
+        if self._config.captions == "first":
+            captions = captions[:1]
         options = tuple(self._texts({**fields, **caption}, where, limits) for caption in captions)
-        if self._all and len(options) > 1:
+        if self._config.captions == "all" and len(options) > 1:
             return [sample(f"{id}#{k}", media, *option) for k, option in enumerate(options)]
         return [sample(id, media, Choice(options)) if len(options) > 1 else sample(id, media, *options[0])]
 
@@ -258,6 +269,10 @@ class Pairs(TemplatesSource):
             if "{text" not in self._learned + self._prompt:
                 return [fields]
             raise DataError(f"{where}: no caption; expected a .txt, or `caption` or `captions` in the .json")
+        if self._config.alternatives and isinstance(found, str):
+            first, _, others = found.partition("\t")
+            texts = [first, *others.split(self._config.alternatives)]
+            found = [one for one in texts if one.strip()] or [first]
         captions = []
         for number, one in enumerate(found if isinstance(found, list) else [found]):
             caption = one if isinstance(one, dict) else {"text": one}

@@ -8,7 +8,7 @@ in media; a conversation between an answer and the next question.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from mm.data.chat import Spelt, is_chat, spell
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import probe_image
-from mm.data.sample import Media, MediaKind, Special, Text, Tokens, Turn, Visible
+from mm.data.sample import Media, MediaKind, Special, Text, Tokens, Turn, Visible, Window
 from mm.data.video import frame_times, probe_video
 from mm.errors import DataError
 
@@ -153,6 +153,55 @@ def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) ->
     return [join_units([*opening, *piece]) for piece in pieces[:-1]] + [join_units([*opening, *pieces[-1], *closing])]
 
 
+def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where: str) -> list[Unit]:
+    """The units of a document that one visit sees: begin of text, and what is around a medium that is drawn.
+
+    This begins up to `window.before` tokens in front of that medium, no other in between, and fewer where media would
+    be lost for them that fit without; where the document ends before the window is full, it begins earlier. A medium is
+    there whole or not at all; text is cut between any two tokens. COSMO's windows (`sample_sequence_from_document`)
+    have no begin of text unless the document begins there, and may show placeholders of media that are left out.
+
+    Raises `DoesNotFit` where the medium takes more than a window, `DataError` for a document without media.
+    """
+    first = next((n for n, unit in enumerate(units) if unit.media or not unit.inserted), 0)
+    opening, rest = units[:first], units[first:]
+    room = window.tokens - sum(len(unit.ids) for unit in opening)
+    edges = [0, *np.cumsum([len(unit.ids) for unit in rest]).tolist()]
+    media = [(edges[n], edges[n + 1]) for n, unit in enumerate(rest) if unit.media]
+    if not media:
+        raise DataError(f"{where}: no media, around which a window could be drawn")
+    anchor = int(rng.integers(max(1, len(media) - window.media + 1)))  # there are enough media from it on
+    begin = media[anchor][0]
+    fitting = [end for _, end in media[anchor : anchor + window.media] if end - begin <= room]
+    if not fitting:
+        raise DoesNotFit(f"{where}: its medium {anchor} takes {media[anchor][1] - begin} tokens, a window has {room}")
+    following = anchor + len(fitting)
+    start = max(begin - int(rng.integers(window.before + 1)), fitting[-1] - room, media[anchor - 1][1] if anchor else 0)
+    stop = min(start + room, media[following][0] if following < len(media) else edges[-1])
+    if stop == edges[-1]:
+        start = max(stop - room, media[-window.media - 1][1] if len(media) > window.media else 0)
+        start = next((end for begin, end in media if begin < start < end), start)
+    seen = list(opening)
+    for unit, (begin, end) in zip(rest, pairwise(edges), strict=True):
+        if start <= begin and end <= stop:
+            seen.append(unit)
+        elif begin < stop and end > start:
+            ids = unit.ids[max(0, start - begin) : stop - begin]
+            seen.append(replace(unit, ids=ids, text=None, starts=None, quality=None))
+    return seen
+
+
+def learned_after_media(units: list[Unit]) -> list[Unit]:
+    """The units of a document, of which no text is learned before the first medium, nor from behind a special token to
+    the next medium. So COSMO and OpenFlamingo learn, with a token that ends what is said of a picture."""
+    is_learned = False
+    found: list[Unit] = []
+    for unit in units:
+        found.append(unit if is_learned or unit.media else replace(unit, loss=False))
+        is_learned = unit.media is not None or (is_learned and not unit.inserted)
+    return found
+
+
 def split_turns(
     parts: tuple[Visible, ...], layout: Layout, where: str, limits: Limits, capacities: Mapping[str, int]
 ) -> list[Segment]:
@@ -247,7 +296,10 @@ def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool)
     spelt = _text_runs(parts, template.after_media)
     if closed and template.eos is not None:
         spelt.append(Special(template.eos, _ends_learned(spelt, layout)))
-    return spelt if template.bos is None else [Special(template.bos), *spelt]
+    if template.bos is None:
+        return spelt
+    media = sum(1 for _ in takewhile(lambda part: isinstance(part, Media), spelt)) if template.bos_behind_media else 0
+    return [*spelt[:media], Special(template.bos), *spelt[media:]]
 
 
 def _ends_learned(spelt: list[Spelt], layout: Layout) -> bool:

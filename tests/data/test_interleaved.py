@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mm.data.interleaved import InterleavedConfig
 from mm.data.layout import Layout
 from mm.data.limits import Limits
-from mm.data.sample import Media, Sample, Text
+from mm.data.sample import Media, Sample, Special, Text
 from mm.data.shards import Group, Tar
 from mm.data.tokens import make_segment
 from mm.errors import DataError
@@ -101,7 +101,7 @@ def test_neighbouring_texts_stay_apart(read: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ({}, r"neither `parts`, `texts` nor `text_list` in its JSON; found \[\]"),
+        ({}, r"neither `parts`, `texts`, `text_list` nor `clips` in its JSON; found \[\]"),
         ({"text": "x"}, r"neither .* found \['text'\]"),
         ({"parts": []}, "the document is empty"),
         ({"parts": None}, r"not laid out as a document \(TypeError: parts is a NoneType, expected a list\)"),
@@ -160,39 +160,51 @@ def test_the_length_of_a_document_is_bounded(read: Callable[..., Any]) -> None:
 KEYS = st.sampled_from(
     [
         *("parts", "texts", "text_list", "images", "image_info", "similarity_matrix", "matched_text_index"),
-        *("text", "image", "audio", "video", "loss", "image_name", "image_base64", "", "x"),
+        *("text", "image", "audio", "video", "loss", "image_name", "image_base64", "", "x", "clip", "caption"),
     ]
 )
-WORDS = st.sampled_from(["a.png", "A.PNG", "json", "text", "image", "iVBORw0KGgo=", "AAAA", "\ud800", "\0", "1"])
+WORDS = st.sampled_from(
+    ["a.png", "A.PNG", "json", "text", "image", "iVBORw0KGgo=", "AAAA", "\ud800", "\0", "1", "t0_i1", "0:1 - 0:2"]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | st.just(2**2000),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
     max_leaves=20,
 )
 DOCUMENTS = st.fixed_dictionaries(
-    {}, optional={key: VALUES for key in ("parts", "texts", "text_list", "images", "image_info", "similarity_matrix")}
+    {},
+    optional={
+        key: VALUES
+        for key in ("parts", "texts", "text_list", "images", "image_info", "similarity_matrix", "score", "clips")
+    },
 )
+CONFIGS = st.fixed_dictionaries(
+    {}, optional={"match": st.just({}), "window": st.just({}), "end_of_chunk": st.just("<|endofchunk|>"),
+                  "reverse": st.just(0.5), "learn": st.just("after_media")}
+)  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(document=DOCUMENTS | VALUES, spelt=st.booleans())
+@given(document=DOCUMENTS | VALUES, spelt=st.booleans(), config=CONFIGS)
 def test_any_json_is_a_document_or_one_clear_error(
-    tmp_path: Path, picture: Callable[..., bytes], document: Any, spelt: bool
+    tmp_path: Path, picture: Callable[..., bytes], document: Any, spelt: bool, config: Any
 ) -> None:
     """As the text of a member, and as the row of a table."""
-    members: dict[str, Any] = {"a.png": picture()}
+    members: dict[str, Any] = {"a.png": picture(), "mp4": b"a clip"}
     if spelt or not isinstance(document, dict):
         members["json"] = json.dumps(document).encode()
     shard = Tar(os.devnull)
     group = Group(shard, "k", members, None if "json" in members else document)
     try:
-        (sample,) = InterleavedConfig(path="x", name="s").build("").samples(group, Limits())
+        samples = InterleavedConfig(path="x", name="s", **config).build("").samples(group, Limits())
     except DataError as error:
         assert str(error).startswith(f"s/null/k in {os.devnull}: ") and "\n" not in str(error)
     else:
-        assert sample.parts and all(isinstance(part, Text | Media) for part in sample.parts)
-        for part in sample.parts:
+        assert len(samples) <= 1
+        for part in (one for sample in samples for one in (*sample.parts, *sample.backwards)):
+            assert isinstance(part, Text | Media | Special)
             assert not isinstance(part, Text) or (isinstance(part.text, str) and "\0" not in part.text)
+        assert all(sample.parts for sample in samples) and (samples or config.keys() & {"match", "window", "learn"})
 
 
 @pytest.mark.parametrize("depth", [8, 900, 100_000])

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from mm.data.layout import Layout
 from mm.data.limits import Limits
-from mm.data.sample import Choice, Media, Sample, Text
+from mm.data.packed import PackedDataset
+from mm.data.sample import Choice, Media, Sample, Special, Text
 from mm.data.sources import CaptionsConfig
 from mm.errors import DataError
 
@@ -311,3 +313,68 @@ def test_what_is_quoted_in_an_error_is_short(read: Callable[..., Any], picture: 
     for members in ({"json": huge}, {"png": picture(), "json": {"caption": "x", **huge}}, {"json": b"[" * 10**6}):
         (found,) = read({"k": members}, prompt="{nothing}")
         assert isinstance(found, DataError) and len(str(found)) < 1200
+
+
+COSMO = {"alternatives": "<EOC>", "end_of_chunk": "<|endofchunk|>"}
+END = Special("<|endofchunk|>", True)
+
+
+def test_captions_behind_a_tab(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    """One of all of them a visit, each a sample, or the first; without the setting, and without a tab, one text."""
+    written = "a cat\tA cat on a mat.<EOC> A pet. <EOC>"
+    data = {"k": {"png": picture(), "txt": written}, "plain": {"png": picture(1), "txt": "a dog<EOC>"}}
+    several, plain = (sample for (sample,) in read(data, **COSMO))
+    assert texts(several) == [["a cat"], ["A cat on a mat."], ["A pet."]] and several.parts[-1] == END
+    assert plain.parts[1:] == (Text("a dog<EOC>"), END)
+    drawn = [several.drawn(0, visit) for visit in range(3)]
+    assert {parts[1].text for parts in drawn} == {"a cat", "A cat on a mat.", "A pet."}  # type: ignore[union-attr]
+    assert all(parts[2:] == (END,) for parts in drawn)
+    firsts = [sample.parts[1:] for (sample,) in read(data, captions="first", **COSMO)]
+    assert firsts == [(Text("a cat"), END), (Text("a dog<EOC>"), END)]
+    pieces, _ = read(data, captions="all", alternatives="<EOC>")
+    assert [sample.parts[1:] for sample in pieces] == [(Text(one),) for one in ("a cat", "A cat on a mat.", "A pet.")]
+    whole = only(read({"k": data["k"]}))
+    assert whole.parts[1:] == (Text(written),)
+    fields = {"png": picture(), "json": {"captions": ["one", "two\tthree"]}}
+    assert texts(only(read({"k": fields}, captions="first", alternatives="<EOC>"))) == [["one"]]
+    (error,) = read({"k": {"png": picture(), "txt": "\t<EOC>"}}, **COSMO)
+    assert "caption 0 is empty" in str(error)
+
+
+def test_a_blank_in_front_of_a_share_of_captions(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    """Behind the prompt, drawn anew for each visit, and the same again."""
+    sample = only(read({"k": {"png": picture(), "txt": "a cat"}}, prompt="Say: ", blank=0.25, **COSMO))
+    plain, blank = (Text("a cat"), END), (Text(" "), Text("a cat"), END)
+    seen = [sample.drawn(3, visit)[1:] for visit in range(400)]
+    assert all(one[0] == Text("Say: ", False) and one[1:] in (plain, blank) for one in seen)
+    assert 60 < sum(one[1:] == blank for one in seen) < 140
+    assert seen == [sample.drawn(3, visit)[1:] for visit in range(400)]
+    alone = only(read({"k": {"png": picture(), "txt": "a cat"}}, caption="", blank=1, **COSMO))
+    assert len(alone.drawn(0, 0)) == 1, "nothing is put behind a picture alone"
+
+
+def test_pairs_as_published(
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+    write_shard: Callable[..., Path],
+    make_layout: Callable[..., Layout],
+    pack: Callable[..., PackedDataset],
+) -> None:
+    """`<s>`, the picture, a blank or none, the caption and the token behind it, end of text; all text is learned."""
+    layout = make_layout(tokens=1, after_media="")
+    path = write_shard(tmp_path / "x.tar", {f"{n}": {"png": picture(n), "txt": "a cat\ta dog<EOC>"} for n in range(8)})
+    source = {**COSMO, "blank": 0.5}
+    one, two = (pack(path, tmp_path / name, layout, source, visits=2) for name in "ab")
+    files = [{path.name: path.read_bytes() for path in sorted(dataset.folder.iterdir())} for dataset in (one, two)]
+    assert files[0] == files[1]
+    said = []
+    for number in range(len(one)):
+        packed = one.read(number)
+        for segment in packed.segments:
+            ids = packed.tokens[segment.start : segment.start + segment.length].tolist()
+            said.append("".join(map(layout.tokenizer.token, ids)))
+            assert segment.loss == ((segment.start + 2, segment.start + segment.length),)
+    forms = {
+        f"<s><|endoftext|>{blank}a {animal}<|endofchunk|><|im_end|>" for blank in ("", " ") for animal in ("cat", "dog")
+    }
+    assert len(said) == 16 and set(said) == forms and sum("cat" in one for one in said) == 8

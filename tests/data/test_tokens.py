@@ -119,6 +119,22 @@ def test_what_packed_sets_depend_on_is_as_it_was(layout: Layout, make_layout: Ca
     assert other == json.loads(json.dumps(other))
 
 
+def test_begin_of_text_behind_media_that_a_document_opens_with(
+    make_layout: Callable[..., Layout], image: Media
+) -> None:
+    """The order of a prefix for a frozen language model: media, begin of text, prompt, text, end."""
+    prefix = make_layout(bos_behind_media=True, after_media="")
+    segment = lay_out(prefix, image, Text("en: ", loss=False), Text("cat"))
+    assert segment.ids.tolist() == [PAD] * 4 + [BOS, EN, COLON, SPACE, CAT, EOS] and segment.loss == ((8, 10),)
+    assert segment.media[0].position == 0
+    assert lay_out(prefix, image, image, Text("cat")).ids.tolist() == [PAD] * 8 + [BOS, CAT, EOS]
+    assert lay_out(prefix, Text("cat"), image).ids.tolist() == [BOS, CAT] + [PAD] * 4 + [EOS]
+    assert lay_out(prefix, image, closed=False).ids.tolist() == [PAD] * 4 + [BOS]
+    template = prefix.describe()["template"]
+    assert template["bos_behind_media"] is True and "bos_behind_media" not in make_layout().describe()["template"]
+    assert prefix.fingerprint() != make_layout(after_media="").fingerprint()
+
+
 def test_empty_text_leaves_no_span(layout: Layout, make_layout: Callable[..., Layout]) -> None:
     assert lay_out(layout, Text("")).loss == ((1, 2),)
     bare = lay_out(make_layout(bos=None), Text(""), closed=False)
