@@ -1,0 +1,1 @@
+"""CLIP and SigLIP: a tower for pictures and one for texts, trained on pairs alone."""
