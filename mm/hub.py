@@ -34,6 +34,8 @@ def load(
         mm.load("runs/mine")                       a run (its newest checkpoint), or one checkpoint
         mm.load("weizhiwang/Open-Qwen2VL")         a release of Open-Qwen2VL, by its name on the hub or its folder
         mm.load("m-a-p/MERT-v1-95M")               a release of MERT: an encoder; heads and teacher are not released
+        mm.load("Awiny/cosmo2.1b")                 a release of COSMO, or a folder or file of its weights
+        mm.load("runs/checkpoint_best.pth")        a checkpoint of SimVLG as LAVIS writes it, or a folder that holds one
         mm.load("facebook/chameleon-7b")           a release of Chameleon, or a folder as Meta's own code reads it: the
                                                    language model alone
         mm.load("exported")                        a LLaVA folder with a SigLIP tower, or a HuBERT folder, such as
@@ -102,7 +104,9 @@ def export(
     Args:
         to: `transformers`, a plain folder of a text_lm; `prismatic`, as Open-Qwen2VL was released; `hf-llava`, for
             stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers; `janus-vq`, a vq
-            model as its `JanusVQVAE`, which `model.teacher` takes too. Needed where a model fits several.
+            model as its `JanusVQVAE`, which `model.teacher` takes too; `open_clip`, a clip model;
+            `cosmo`, `lavis`, a cosmo or simvlg model as their authors' code saves it. Needed where a model fits
+            several.
         template, tokens: as in `load`.
 
     Returns:
@@ -113,7 +117,7 @@ def export(
         CheckpointError: there is none.
     """
     from mm.models.answers import form_of
-    from mm.models.released import FORMATS, janus_vq, llava, mert, prismatic, transformers
+    from mm.models.released import FORMATS, cosmo, janus_vq, lavis, llava, mert, open_clip, prismatic, transformers
 
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another --out or remove it")
@@ -139,6 +143,13 @@ def export(
             prismatic.write(system, layout, model, partial, out.name, form_of(config))
         elif to == "janus-vq":
             note = janus_vq.write(system, partial)
+        elif to == "open_clip":
+            note = open_clip.write(system, model, partial)
+        elif to == "cosmo":
+            note = cosmo.write(system, layout, model, partial)
+        elif to == "lavis":
+            _freeze_as_trained(system, config)
+            note = lavis.write(system, model, partial)
         elif to == "hf-llava":
             note = llava.write(system, layout, model, partial, form_of(config))
         else:
@@ -147,3 +158,17 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return note
+
+
+def _freeze_as_trained(system: Any, config: Any) -> None:
+    """Let `requires_grad` say what training changed: of a run, what it did not freeze, adapters too; of a release, all
+    but vision tower and language model."""
+    from mm.train.config import ParamRule
+    from mm.train.params import freeze
+
+    if isinstance(config, ReleaseConfig):
+        freeze(system, [ParamRule(match=part, freeze=True) for part in (r"vision\.featurizer\..*", r"language\..*")])
+        return
+    freeze(system, config.train.params)
+    if config.train.lora:
+        system.language.requires_grad_()

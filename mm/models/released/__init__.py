@@ -23,25 +23,36 @@ FORMATS = {
     "hf-llava": ("open_qwen2vl",),
     "hf": ("mert", "tagger"),
     "janus-vq": ("vq",),
+    "open_clip": ("clip",),
+    "cosmo": ("cosmo",),
+    "lavis": ("simvlg",),
 }
 """The formats that `mm export` writes, and the kinds of model that each is for."""
 
 
 def find(name: Path | str) -> Release | None:
-    """The release that a folder or a hub name holds; None where a folder holds something else.
+    """The release that a folder, a file of weights or a hub name holds; None where it holds something else.
 
     Raises:
         CheckpointError: there is no such folder, nor such a repository on the hub, or it is of an unknown format.
     """
+    from mm.models.released import cosmo, lavis
     from mm.models.released.chameleon import ChameleonFolder, consolidated
     from mm.models.released.llava import LlavaFolder
     from mm.models.released.mert import MODEL_TYPES, MertFolder
+    from mm.models.released.open_clip import found
     from mm.models.released.prismatic import PrismaticFolder
 
     if (meta := consolidated(name)) is not None:
         return meta
     repository = Repository(str(name))
-    if repository.is_folder and not repository.has("config.json"):
+    if (clip := found(repository)) is not None:
+        return clip
+    if (saved := lavis.checkpoint(name)) is not None:
+        return saved
+    if (state := cosmo.found(name)) is not None:
+        return state
+    if Path(name).exists() and not repository.has("config.json"):
         return None
     about = repository.json("config.json")
     if about.get("model_type") == "llava":
@@ -55,7 +66,7 @@ def find(name: Path | str) -> Release | None:
     raise CheckpointError(
         f"{name}: its config.json is neither that of an Open-Qwen2VL release (model.arch_specifier) nor that of a "
         "LlavaForConditionalGeneration (model_type: llava), nor of MERT (model_type: mert_model, or hubert), nor of "
-        "Chameleon (model_type: chameleon)"
+        "Chameleon (model_type: chameleon), nor of COSMO (model_params)"
     )
 
 
@@ -63,7 +74,9 @@ def open_release(name: Path | str, kind: str) -> Release:
     """`find`, where there has to be one that becomes a system of this kind."""
     release = find(name)
     if release is None:
-        raise CheckpointError(f"{name}: holds no config.json, so it is no release")
+        raise CheckpointError(
+            f"{name}: holds no config.json, nor weights in the layout of COSMO or LAVIS, so it is no release"
+        )
     if release.kind != kind:
         raise CheckpointError(f"{name}: is a release of the kind {release.kind}, expected one of the kind {kind}")
     return release

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mm.errors import CheckpointError
-from mm.models.released.release import Repository, fit, read_pickle
+from mm.models.released.release import Repository, fit, read_pickle, read_tensors, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,29 +74,12 @@ class ChameleonFolder:
         return _section(self.repository)
 
     def tensors(self, system: "nn.Module") -> "dict[str, Tensor]":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from mm.models.chameleon import VQ_MODEL
 
-        found: dict[str, Tensor] = {}
-        for path in self._files():
-            try:
-                found |= load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: damaged, or no safetensors ({error})") from None
+        found = read_tensors(*weight_files(self.repository) or [self.repository.file("model.safetensors")])
         found = {name: tensor for name, tensor in found.items() if not name.startswith(VQ_MODEL)}
         fitted = fit(system.get_submodule("language"), found, self.repository.name)
         return {f"language.{name}": tensor for name, tensor in fitted.items()}
-
-    def _files(self) -> list[Path]:
-        index = "model.safetensors.index.json"
-        if (about := self.repository.optional_json(index)) is None:
-            return [self.repository.file("model.safetensors")]
-        files = about.get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
-            raise CheckpointError(f"{self.repository.name}/{index}: expected names of files beside it in weight_map")
-        return [self.repository.file(file) for file in sorted(set(files.values()))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mm.errors import CheckpointError, ConfigError
-from mm.models.released.release import Repository, fit, read_pickle
+from mm.models.released.release import WEIGHTS, Repository, fit, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mm.models.config import AudioEncoderConfig
 
 MODEL_TYPES = ("mert_model", "hubert")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSOR = "preprocessor_config.json"
 ENCODER = "encoder.hubert"
 """The submodule that a release holds, of every system that has an `AudioEncoder`."""
@@ -101,7 +100,7 @@ class MertFolder:
 
     def tensors(self, system: "nn.Module") -> "dict[str, Tensor]":
         path = self.repository.first(*WEIGHTS)
-        found = _read(path)
+        found = read_tensors(path)
         encoder: Any = system.get_submodule("encoder")
         if encoder.config.cqt_bins:
             _drop_buffers(found, encoder.config, str(path))
@@ -136,23 +135,6 @@ def _drop_buffers(found: "dict[str, Tensor]", config: "AudioEncoderConfig", wher
                 f"{where}: feature_extractor_cqt.lenghts are of another transform than the one from 32.7 Hz, "
                 f"{bins // 7} bins an octave, that is computed here"
             )
-
-
-def _read(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a file by name. Runs nothing of it."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: damaged, or no safetensors ({error})") from None
-    found = read_pickle(path)
-    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{path}: expected tensors by name, as torch saves a model's state_dict")
-    return found
 
 
 def write(system: "nn.Module", out: Path) -> str | None:

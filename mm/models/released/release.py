@@ -87,14 +87,28 @@ class Repository:
                 return fetch(self.name, file)
         return fetch(self.name, files[-1])
 
-    def optional_json(self, file: str) -> dict[str, Any] | None:
+    def files(self) -> list[str]:
+        """The names of the files of a repository of the hub, not those in folders of it. Raises `CheckpointError`."""
+        from huggingface_hub import HfApi
+
+        try:
+            return sorted(file for file in HfApi().list_repo_files(self.name) if "/" not in file)
+        except Exception as error:  # the hub's client raises errors of a dozen libraries
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{self.name}: the hub does not say which files it has ({reason})") from None
+
+    def optional_file(self, file: str) -> Path | None:
         """None where the release has no such file. Raises `CheckpointError`, also where that cannot be known."""
         if self.is_folder and not self.has(file):
             return None
         try:
-            return self.json(file)
+            return self.file(file)
         except NoSuchFileError:
             return None
+
+    def optional_json(self, file: str) -> dict[str, Any] | None:
+        """None where the release has no such file. Raises `CheckpointError`, also where that cannot be known."""
+        return None if self.optional_file(file) is None else self.json(file)
 
     def json(self, file: str) -> dict[str, Any]:
         """Raises `CheckpointError`."""
@@ -119,7 +133,7 @@ class NoSuchFileError(CheckpointError):
 
 def fetch(repository: str, file: str) -> Path:
     """A file of a repository of the hub, by way of the hub's cache. Raises `CheckpointError`."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -130,10 +144,65 @@ def fetch(repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises errors of a dozen libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        absent = isinstance(error, EntryNotFoundError)
+        if isinstance(error, LocalEntryNotFoundError):  # the cache keeps what it was told when it could ask
+            absent = try_to_load_from_cache(repository, file) is _CACHED_NO_EXIST
         raise (NoSuchFileError if absent else CheckpointError)(
             f"{repository}: there is no such folder, and the hub does not give its {file} ({reason})"
         ) from None
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What transformers calls a file of weights; with `.index.json` behind it, a table of several."""
+
+
+def weight_files(repository: Repository) -> list[Path]:
+    """The files that hold the weights: under transformers' names, or, on the hub, a single one under another; none
+    where there is neither. Raises `CheckpointError`."""
+    for name in WEIGHTS:
+        if (about := repository.optional_json(f"{name}.index.json")) is not None:
+            parts = about.get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(f, str) and f == Path(f).name for f in parts.values()):
+                raise CheckpointError(
+                    f"{repository.name}/{name}.index.json: expected names of files beside it in weight_map"
+                )
+            return [repository.file(part) for part in sorted(set(parts.values()))]
+        if (path := repository.optional_file(name)) is not None:
+            return [path]
+    if not repository.is_folder:
+        names = repository.files()
+        for ends in ((".safetensors",), (".bin", ".pt", ".pth")):
+            single = [name for name in names if name.endswith(ends) and name != "training_args.bin"]
+            if len(single) == 1:
+                return [repository.file(single[0])]
+    return []
+
+
+def read_tensors(*paths: Path) -> "dict[str, Tensor]":
+    """The tensors of one or several files by name, mapped rather than read where that can be. Runs nothing of them.
+
+    Raises:
+        CheckpointError: one is damaged, or holds anything else.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            try:
+                found |= load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: damaged, or no safetensors ({error})") from None
+            continue
+        part = read_pickle(path)
+        if not isinstance(part, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in part.items()
+        ):
+            raise CheckpointError(f"{path}: expected tensors by name, as torch saves a model's state_dict")
+        found |= part
+    return found
 
 
 def read_pickle(path: Path) -> Any:
