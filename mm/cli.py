@@ -180,9 +180,8 @@ def generate(args: argparse.Namespace) -> Result:
     from mm.models.system import GenerativeSystem, weights_digest
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    decoding = Decoding(
-        args.max_new_tokens, **sampling, beams=args.beams, stop=tuple(args.stop), stop_ids=tuple(args.stop_id)
-    )
+    sampling |= search_of(args)
+    decoding = Decoding(args.max_new_tokens, **sampling, stop=tuple(args.stop), stop_ids=tuple(args.stop_id))
     drawing = answers.drawing_of(args.pictures, args.draw, args.guidance)
     if bool(args.prompts) == bool(args.prompt or args.image) and (args.prompts or not args.draw):
         raise ConfigError("give --prompt, --image or both, or --prompts FILE for many")
@@ -197,7 +196,7 @@ def generate(args: argparse.Namespace) -> Result:
     form = args.form or answers.form_of(config)
     after_media = layout.template.after_media
     prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system, after_media=after_media)
-    live = sys.stdout.isatty() and not (args.json or args.prompts or args.beams > 1)
+    live = sys.stdout.isatty() and not (args.json or args.prompts or decoding.beams > 1)
     stream = partial(print, end="", flush=True) if live else None
     answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream, args.precision, drawing)
     if args.out:
@@ -223,8 +222,10 @@ def evaluate(args: argparse.Namespace) -> Result:
     from mm.display import Display
     from mm.evals import run
 
-    settings = run.Settings(args.prompt, args.scoring, args.shots, args.fixed_shots, args.seed, args.precision)
-    tasks = run.sources(args.task, args.images, args.examples)
+    decoding = search_of(args) | ({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {})
+    shots = (args.shots, args.text_shots, args.fixed_shots)
+    settings = run.Settings(args.prompt, args.scoring, *shots, args.seed, args.precision, decoding)
+    tasks = run.sources(args.task, args.images, args.examples, args.example_images, args.classes, args.templates)
     out = Path(args.out) if args.out else None
     with Display() as display:
         watch = (args.limit, args.batch, display.packing)
@@ -523,6 +524,19 @@ def add_precision(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=help)
 
 
+def add_search(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--beams", type=positive, help="search with so many beams (1)")
+    help = "with --beams: the best text has the largest log p / length^P; below 0 short ones are preferred (1)"
+    sub.add_argument("--length-penalty", type=float, metavar="P", help=help)
+    sub.add_argument("--min-new-tokens", type=positive, metavar="N", help="at least so many tokens (0)")
+
+
+def search_of(args: argparse.Namespace) -> Result:
+    """What was given of `add_search`, by the names of `Decoding`."""
+    names = ("beams", "length_penalty", "min_new_tokens")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mm", description="Train multimodal models from configs; pack data sets; look at both.")
     parser.add_argument("--version", action="version", version=f"mm {__version__}")
@@ -576,7 +590,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (0)")
     sub.add_argument("--top-p", type=float, help="sample among the tokens that hold this share of the probability")
     sub.add_argument("--top-k", type=positive, help="sample among so many of the likeliest tokens")
-    sub.add_argument("--beams", type=positive, default=1, help="search with so many beams (1)")
+    add_search(sub)
     sub.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     sub.add_argument("--stop", action="append", default=[], help="a text that ends the answer, cut off; repeatable")
     sub.add_argument("--stop-id", action="append", default=[], type=int, help="a token id that does; repeatable")
@@ -592,15 +606,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", action="append", required=True, metavar="NAME=PATH", help=help)
     help = "where pictures lie that a task's file only names (beside it)"
     sub.add_argument("--images", action="append", default=[], metavar="NAME=DIR", help=help)
-    help = "how questions are asked: as published, or in the model's chat template (raw)"
-    sub.add_argument("--prompt", choices=("raw", "chat"), default="raw", help=help)
+    help = "how questions are asked: as published, in the model's chat template, or as interleaved chunks (raw)"
+    sub.add_argument("--prompt", choices=("raw", "chat", "flamingo"), default="raw", help=help)
     help = "generate an answer and parse it, or take the likeliest of the choices (generate)"
     sub.add_argument("--scoring", choices=("generate", "likelihood"), default="generate", help=help)
-    sub.add_argument("--shots", type=positive, default=0, metavar="K", help="solved examples before each question (0)")
+    sub.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples before each question (0)")
+    help = "more of them, without their pictures; two alone are what is published as 0-shot (0)"
+    sub.add_argument("--text-shots", type=int, default=0, metavar="K", help=help)
     help = "where a task's examples come from (its own file, never the question itself)"
     sub.add_argument("--examples", action="append", default=[], metavar="NAME=PATH", help=help)
+    help = "where pictures lie that a file of examples only names (where those of the task do)"
+    sub.add_argument("--example-images", action="append", default=[], metavar="NAME=DIR", help=help)
     sub.add_argument("--fixed-shots", action="store_true", help="the same examples for every question")
     sub.add_argument("--seed", type=int, default=0, help="of the choice of examples (0)")
+    add_search(sub)
+    sub.add_argument("--max-new-tokens", type=positive, metavar="N", help="at most so many tokens (the task's number)")
+    help = "of classify: what labels are called, a line each, or LABEL<tab>NAME; or imagenet (as they are)"
+    sub.add_argument("--classes", metavar="FILE", help=help)
+    help = "of classify: texts with {} for the name, a line each; or openai, simple (a photo of a {}.)"
+    sub.add_argument("--templates", metavar="FILE", help=help)
     sub.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
     sub.add_argument("--batch", type=positive, default=8, help="prompts at a time (8)")
     add_precision(sub)
@@ -639,7 +663,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(export, "write a model in a published format")
     add_model(sub)
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
-    formats = ("transformers", "prismatic", "hf-llava", "hf", "janus-vq")
+    formats = ("transformers", "prismatic", "hf-llava", "hf", "janus-vq", "open_clip", "cosmo", "lavis")
     sub.add_argument("--to", choices=formats, help="the format, where several fit")
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")

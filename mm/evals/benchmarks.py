@@ -16,7 +16,7 @@ from typing import Any
 from mm.data.sample import Media
 from mm.data.sources import shortened
 from mm.errors import DataError
-from mm.evals.items import Item, Record, RowTask
+from mm.evals.items import Form, Item, Record, RowTask
 from mm.evals.parsing import (
     agreement,
     free_match,
@@ -29,7 +29,6 @@ from mm.evals.parsing import (
     typed_match,
 )
 from mm.evals.rows import Row, rows
-from mm.models.prompts import Form
 
 
 class Choices(RowTask):
@@ -275,7 +274,7 @@ class MMMU(Choices):
             return super().placed(item, form)
         parts: list[str | Media] = [pieces[0]]
         for one, text in zip(item.media, pieces[1:], strict=True):
-            parts += [one, f"\n{text}"]
+            parts += [one, text if form == "flamingo" else f"\n{text}"]
         return parts
 
     def parse(self, item: Item, output: str) -> str | None:

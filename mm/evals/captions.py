@@ -18,9 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from mm.data.sample import Choice, Media, Sample, Text
 from mm.data.sources import SourceConfig
 from mm.errors import ConfigError, DataError
-from mm.evals.items import Item, Record, Task
+from mm.evals.items import Form, Item, Record, Task
 from mm.evals.rows import LIMITS, Row, rows
-from mm.models.prompts import Form
 
 Words = tuple[str, ...]
 SIGMA = 6.0
@@ -33,7 +32,8 @@ _TOKEN = re.compile(
 
 class Captions(Task):
     """Pictures with captions, from COCO's JSON (`images`: id, file_name; `annotations`: image_id, caption) and its
-    folder, from shards in any layout of `kind: captions`, or from a YAML file with one data source as in a config.
+    folder, from the test split of Karpathy's JSON (`images`: filename, split, `sentences` with `raw`), from shards in
+    any layout of `kind: captions`, or from a YAML file with one data source as in a config.
 
     Captions of one picture under several prompts (`prompt: "{language}: "`) are one item for each prompt.
     """
@@ -43,18 +43,18 @@ class Captions(Task):
     groups = ()
     new_tokens = 64
     stops = "\n"
+    opening = "Output:"
+    flamingo_tokens = 20
 
     def __init__(self) -> None:
         _bleu(1)  # what is missing is said before a model is asked
 
     def items(self, path: str, images: Path | None = None) -> Iterator[Item]:
-        if Path(path).suffix == ".json":
-            yield from _coco(Path(path), images)
-        else:
-            yield from _pairs(path)
+        yield from captioned(path, images)
 
     def text(self, item: Item, form: Form) -> str:
-        return item.question if form == "raw" else "Provide a short image description."
+        texts = {"raw": item.question, "chat": "Provide a short image description.", "flamingo": self.opening}
+        return texts[form]
 
     def placed(self, item: Item, form: Form) -> list[str | Media]:
         if form == "raw" and "prompt" in item.meta:  # as the source's samples are laid out in training
@@ -77,17 +77,35 @@ class Captions(Task):
         return {"cider": cider(said, references), **bleu(said, references), "exact": exact}
 
 
+def captioned(path: str, images: Path | None) -> Iterator[Item]:
+    """Pictures with the captions that people gave them; see `Captions`. Raises `DataError`."""
+    if Path(path).suffix == ".json":
+        yield from _coco(Path(path), images)
+    else:
+        yield from _pairs(path)
+
+
 def _coco(file: Path, images: Path | None) -> Iterator[Item]:
     captions: dict[str, list[str]] = defaultdict(list)
-    pictures: dict[str, Row] = {}
-    for row in rows(str(file), images):  # annotations; the pictures are a list of their own in the same object
+    listed = list(rows(str(file), images, key="images"))
+    if listed and listed[0].get("sentences"):
+        yield from map(_karpathy, (row for row in listed if row.text("split") == "test"))
+        return
+    for row in rows(str(file), images):  # annotations, a list of their own in the same object
         captions[row.text("image_id")].append(row.text("caption").strip())
-    for row in rows(str(file), images, key="images"):
-        pictures[row.text("id")] = row
+    pictures = {row.text("id"): row for row in listed}
     for id, texts in captions.items():
         if id not in pictures:
             raise DataError(f"{file}: no picture with the id {id[:40]} under `images`")
         yield Item(id, "", (pictures[id].picture("file_name"),), tuple(texts))
+
+
+def _karpathy(row: Row) -> Item:
+    try:
+        texts = tuple(str(one["raw"]).strip() for one in row.need("sentences"))
+    except (LookupError, TypeError):
+        raise DataError(f"{row.where}: its sentences have no `raw` text") from None
+    return Item(row.text("cocoid", "imgid", "filename"), "", (row.picture("filename"),), texts)
 
 
 def _pairs(path: str) -> Iterator[Item]:
@@ -122,7 +140,8 @@ def _items(sample: Sample, shard: str) -> Iterator[Item]:
         captions[prompt].append("".join(part.text for part in option if part.loss))
     for number, (prompt, some) in enumerate(captions.items()):
         id = sample.id if len(captions) == 1 else f"{sample.id}#{number}"
-        yield Item(id, prompt, media, tuple(some), meta={"prompt": prompt})
+        # Under another prompt it is the same picture, which is no example for itself.
+        yield Item(id, prompt, media, tuple(some), meta={"prompt": prompt, "question": sample.id})
 
 
 def words(text: str) -> Words:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal
 
 from mm.data.sample import Media
 from mm.data.sources import shortened
 from mm.errors import DataError
 from mm.evals.rows import Row, rows
-from mm.models.prompts import Form
 
+Form = Literal["raw", "chat", "flamingo"]
+"""How an item is asked: see `mm.evals.prompts`."""
 Record = dict[str, Any]
 """What is kept of an item: id, prompt, output, parsed, answer, right (0 to 1), meta, scoring, seconds."""
 
@@ -42,6 +43,11 @@ class Item:
         return tuple(ascii_uppercase[: len(self.options)])
 
 
+def question_of(item: Item) -> str:
+    """What items share that ask the same, or are of one picture."""
+    return str(item.meta.get("question", item.id))
+
+
 class Task(ABC):
     """A benchmark. Its class docstring says where the format and the metric are published."""
 
@@ -59,6 +65,10 @@ class Task(ABC):
     new_tokens = 16
     stops: str = ".,\n"
     """Characters whose tokens end an answer in raw form."""
+    opening = "Question:"
+    """What every example opens with in flamingo form; where the next one does, an answer is over."""
+    flamingo_tokens = 5
+    """`new_tokens` in flamingo form."""
 
     @abstractmethod
     def items(self, path: str, images: Path | None = None) -> Iterator[Item]:
@@ -73,16 +83,20 @@ class Task(ABC):
         return "Answer the question using a single word or phrase."
 
     def text(self, item: Item, form: Form) -> str:
-        """The whole question in one of the two forms, without its media."""
+        """The whole question in one of the forms, without its media."""
         lines = [item.hint] if form == "chat" and item.hint else []
         lines.append(f"Question: {item.question}" if self.labelled and form == "raw" else item.question)
         if self.lists_options:
             lines += [f"{letter}. {option}" for letter, option in zip(item.letters, item.options, strict=True)]
+        if form == "flamingo":
+            return self.opening + "\n".join(lines) + " Short answer:"
         lines.append(self.instruction(item))
         return "\n".join([*lines, "Answer:"] if form == "raw" else lines)
 
     def placed(self, item: Item, form: Form) -> list[str | Media]:
-        """Text and media in order: all media in front, a new line after each."""
+        """Text and media in order: all media in front, a new line after each, but for flamingo form."""
+        if form == "flamingo":
+            return [*item.media, self.text(item, form)]
         parts: list[str | Media] = []
         for one in item.media:
             parts += [one, "\n"]

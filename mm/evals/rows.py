@@ -1,4 +1,4 @@
-"""Rows of the files that benchmarks are published in: TSV, JSON, JSON lines, parquet, Arrow.
+"""Rows of the files that benchmarks are published in: TSV, CSV, JSON, JSON lines, parquet, Arrow.
 
 A `Row` gives its fields by name and its pictures as encoded bytes: out of a binary column, base64, or a file beside the
 table. Tables are read a few rows at a time; a picture in a file is not opened before it is looked at.
@@ -21,7 +21,7 @@ from mm.data.sources import read_json, shortened
 from mm.data.tables import open_table, sniff
 from mm.errors import DataError
 
-TABLES = (".tsv", ".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+TABLES = (".tsv", ".csv", ".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 LISTS = ("questions", "data", "annotations")
 """Where the rows are in a JSON file that is an object."""
 LONGEST_NAME = 255  # of a file; what is longer is a picture in base64
@@ -171,8 +171,8 @@ def rows(path: str, images: Path | None = None, patterns: Sequence[str] = (), ke
 
 
 def _rows(file: Path, images: tuple[Path, ...], key: str | None) -> Iterator[Row]:
-    if file.name.endswith(".tsv"):
-        yield from (Row(file, number, fields, images) for number, fields in enumerate(_tsv(file)))
+    if file.suffix in (".tsv", ".csv"):
+        yield from (Row(file, number, fields, images) for number, fields in enumerate(_cells(file)))
     elif file.name.endswith(".json") and not _is_lines(file):
         for number, fields in enumerate(_objects(file, key)):
             yield Row(file, number, fields, images)
@@ -190,17 +190,17 @@ def _rows(file: Path, images: tuple[Path, ...], key: str | None) -> Iterator[Row
         raise DataError(f"{file}: not a table that is known here; expected {', '.join(TABLES)}")
 
 
-def _tsv(file: Path) -> Iterator[dict[str, Any]]:
+def _cells(file: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(LIMITS.json_bytes)
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader(lines, delimiter="\t")
+        table = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
         try:
             for number, fields in enumerate(table):
                 if None in fields:
                     raise DataError(f"{file}: row {number + 1} has more cells than the header has names")
                 yield fields
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as tab-separated UTF-8 ({error})") from None
+            raise DataError(f"{file}: cannot be read as separated cells in UTF-8 ({error})") from None
 
 
 def _is_lines(file: Path) -> bool:

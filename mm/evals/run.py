@@ -8,29 +8,28 @@ of other settings, prompts or weights is refused, since its items would be anoth
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mm import hub
 from mm.data.layout import Layout
 from mm.data.sample import keyed_rng
 from mm.errors import ConfigError, DataError
 from mm.evals import TASKS
-from mm.evals.items import Item, Record, Task
+from mm.evals.items import Form, Item, Record, Task, question_of
 from mm.evals.prompts import VERSION, answer_text, build, decoding, spelt
+from mm.evals.results import Progress, Result, chunks, claim, prepared, write
+from mm.evals.zero_shot import FEATURE_TASKS, Classify, Encodes, FeatureTask, run_features
 from mm.files import atomic
 from mm.models.generate import generate, log_likelihoods
-from mm.models.prompts import Form, Precision, Prompt, autocast
-from mm.models.system import GenerativeSystem, weights_digest
+from mm.models.prompts import Decoding, Precision, Prompt, autocast
+from mm.models.system import GenerativeSystem, System, weights_digest
 from mm.settings import nearest
 
 Scoring = Literal["generate", "likelihood"]
-Progress = Callable[[str, int], None]
-Result = dict[str, Any]
-T = TypeVar("T")
 POOL = 512  # examples that a file is drawn down to before those of a question are drawn
 
 
@@ -41,40 +40,78 @@ class Settings:
     scoring: `generate` an answer and parse it, or take the candidate of the largest `likelihood`; where a task (or an
     item of it) has no candidates, an answer is generated all the same, and the item says so.
     shots: solved examples before each question, drawn anew for each by its id, or (`fixed_shots`) the same for all.
+    text_shots: so many more, in front of those, without their media. `--text-shots 2` alone is the "0-shot" of the
+    Flamingo literature.
+    decoding: what is not the task's own way of decoding, by the names of `Decoding`: `{"beams": 5}`.
     """
 
     form: Form = "raw"
     scoring: Scoring = "generate"
     shots: int = 0
+    text_shots: int = 0
     fixed_shots: bool = False
     seed: int = 0
     precision: Precision = "fp32"
+    decoding: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "text_shots"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: expected 0 or more")
+
+    def decoding_of(self, task: Task, layout: Layout) -> Decoding:
+        """How answers to a task are written."""
+        return replace(decoding(task, self.form, layout), **self.decoding)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """A task and its files."""
 
-    task: Task
+    task: Task | FeatureTask
     path: str
     images: Path | None = None
     """Where pictures lie that the file only names."""
     examples: str | None = None
     """Where solved examples come from; None: the file itself, never the question that is asked."""
+    example_images: Path | None = None
+    """Where the pictures of `examples` lie; None: where those of the task do."""
 
 
-def sources(tasks: Sequence[str], images: Sequence[str] = (), examples: Sequence[str] = ()) -> list[Source]:
-    """Tasks by `NAME=PATH`, with `NAME=PATH` of their pictures and examples. Raises `ConfigError`."""
-    paths, folders, solved = (_by_name(given) for given in (tasks, images, examples))
-    for name in [*folders, *solved]:
+def sources(
+    tasks: Sequence[str],
+    images: Sequence[str] = (),
+    examples: Sequence[str] = (),
+    example_images: Sequence[str] = (),
+    classes: str | None = None,
+    templates: str | None = None,
+) -> list[Source]:
+    """Tasks by `NAME=PATH`, with `NAME=PATH` of their pictures and examples; `classes` and `templates` of `Classify`.
+
+    Raises `ConfigError`.
+    """
+    paths, folders, solved, theirs = (_by_name(given) for given in (tasks, images, examples, example_images))
+    for name in [*folders, *solved, *theirs]:
         if name not in paths:
             raise ConfigError(
                 f"{name}: pictures or examples for a task that is not among --task; {nearest(name, paths)}"
             )
+    if (classes or templates) and "classify" not in paths:
+        raise ConfigError("names of classes and templates are for --task classify=…, which is not among --task")
     return [
-        Source(TASKS[name](), path, Path(folders[name]) if name in folders else None, solved.get(name))
+        Source(
+            TASKS[name]() if name in TASKS else _feature_task(name, classes, templates),
+            path,
+            Path(folders[name]) if name in folders else None,
+            solved.get(name),
+            Path(theirs[name]) if name in theirs else None,
+        )
         for name, path in paths.items()
     ]
+
+
+def _feature_task(name: str, classes: str | None, templates: str | None) -> FeatureTask:
+    return Classify(classes, templates) if name == "classify" else FEATURE_TASKS[name]()
 
 
 def _by_name(given: Sequence[str]) -> dict[str, str]:
@@ -83,8 +120,8 @@ def _by_name(given: Sequence[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise ConfigError(f"{text}: expected NAME=PATH, such as pope=POPE/coco_pope_random.json")
-        if name not in TASKS:
-            raise ConfigError(f"{name}: no such task; {nearest(name, TASKS)}")
+        if name not in (known := [*TASKS, *FEATURE_TASKS]):
+            raise ConfigError(f"{name}: no such task; {nearest(name, known)}")
         if name in found:
             raise ConfigError(f"{name}: given twice; evaluate a second file into another --out")
         found[name] = path
@@ -107,12 +144,19 @@ def evaluate(
     `template`, `tokens`: another chat template and number of positions a picture, as `hub.load` takes them.
 
     Raises:
-        ConfigError: the model does not write text, or `out` holds results of other settings.
+        ConfigError: the model does not write text or has no features, whichever a task needs; `out` holds results of
+            other settings.
         DataError: a file of a task cannot be read.
     """
     system, layout, _ = hub.load(model, template=template, tokens=tokens)
-    if not isinstance(system, GenerativeSystem):
-        raise ConfigError(f"{model}: does not write text, so it cannot be asked")
+    for task in (source.task for source in tasks):
+        if isinstance(task, Task) and not isinstance(system, GenerativeSystem):
+            raise ConfigError(f"{model}: does not write text, so it cannot be asked")
+        if isinstance(task, FeatureTask) and not isinstance(system, Encodes):
+            raise ConfigError(
+                f"{model}: has no features of pictures and texts to compare; --task {task.name} is for models with a "
+                "contrastive objective (kinds clip and cosmo)"
+            )
     out = out or Path(f"eval-{Path(model).resolve().name}")
     about = {
         "model": model,
@@ -124,7 +168,7 @@ def evaluate(
 
 
 def run_task(
-    system: GenerativeSystem,
+    system: System,
     layout: Layout,
     source: Source,
     settings: Settings,
@@ -136,6 +180,10 @@ def run_task(
 ) -> Result:
     """One task from its first item without a record to its numbers."""
     task = source.task
+    if isinstance(task, FeatureTask):
+        given = (task, source.path, source.images, settings.precision)
+        return run_features(system, layout, *given, out, about, limit, batch, progress)
+    assert isinstance(system, GenerativeSystem)
     asked = {
         **about,
         "task": task.name,
@@ -144,15 +192,12 @@ def run_task(
         "examples": source.examples,
         "prompt": f"{settings.form}-{VERSION}",
         **{key: value for key, value in asdict(settings).items() if key != "form"},
-        "decoding": asdict(decoding(task, settings.form, layout)),
+        "decoding": asdict(settings.decoding_of(task, layout)),
     }
-    if (folder := Path(source.path)).is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{out}: lies within {folder}, where results would be read as items; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    lines = out / f"{task.name}.items.jsonl"
+    lines = prepared(out, source.path) / f"{task.name}.items.jsonl"
     known = read_records(lines)
-    _claim(out / f"{task.name}.json", asked, bool(known))
-    pool = _pool(source, settings)
+    claim(out / f"{task.name}.json", asked, bool(known))
+    pool = _pool(task, source, settings)
     ask = _Asker(system, layout, task, settings, pool, batch)
     records: list[Record] = []
     seen: set[str] = set()
@@ -174,7 +219,7 @@ def run_task(
     if not records:
         raise DataError(f"{source.path}: no items of {task.name} in it")
     result = {**asked, **summary(task, records)}
-    _write(out / f"{task.name}.json", result)
+    write(out / f"{task.name}.json", result)
     return result
 
 
@@ -197,13 +242,6 @@ def summary(task: Task, records: Sequence[Record]) -> Result:
         },
         "seconds": round(sum(record["seconds"] for record in records), 3),
     }
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """`size` at a time, in order; the last may be fewer."""
-    left = iter(items)
-    while some := list(islice(left, size)):
-        yield some
 
 
 def read_records(lines: Path) -> dict[str, Record]:
@@ -229,7 +267,7 @@ class _Asker:
     ) -> None:
         self._system, self._layout, self._task = system, layout, task
         self._settings, self._pool, self._batch = settings, pool, batch
-        self._decoding = decoding(task, settings.form, layout)
+        self._decoding = settings.decoding_of(task, layout)
 
     def __call__(self, items: Sequence[Item]) -> list[Record]:
         """Their records, in order."""
@@ -237,7 +275,7 @@ class _Asker:
             return []
         start = time.perf_counter()
         task, form = self._task, self._settings.form
-        prompts = [build(task, item, form, self._layout, self._shots(item)) for item in items]
+        prompts = [build(task, item, form, self._layout, *self._shots(item)) for item in items]
         candidates = [task.candidates(item) if self._settings.scoring == "likelihood" else () for item in items]
         free = [n for n, some in enumerate(candidates) if not some]
         records: list[Record] = [{} for _ in items]
@@ -267,17 +305,18 @@ class _Asker:
             for item, prompt, record in zip(items, prompts, records, strict=True)
         ]
 
-    def _shots(self, item: Item) -> list[Item]:
-        """The first of the pool's permutation that ask something else."""
+    def _shots(self, item: Item) -> tuple[list[Item], list[Item]]:
+        """The first of the pool's permutation that ask something else: shots, and then those of text alone."""
         settings = self._settings
-        if not settings.shots:
-            return []
+        wanted = settings.shots + settings.text_shots
+        if not wanted:
+            return [], []
         key = () if settings.fixed_shots else (item.id,)
         order = keyed_rng(settings.seed, "shots", *key).permutation(len(self._pool)).tolist()
-        others = [self._pool[n] for n in order if _question(self._pool[n]) != _question(item)]
-        if len(others) < settings.shots:
-            raise ConfigError(f"{settings.shots} shots: there are {len(others)} examples for item {item.id}")
-        return others[: settings.shots]
+        others = list(islice((one for n in order if not _same(one := self._pool[n], item)), wanted))
+        if len(others) < wanted:
+            raise ConfigError(f"{wanted} shots: there are {len(others)} examples for item {item.id}")
+        return others[: settings.shots], others[settings.shots : wanted]
 
     def _likelihoods(
         self, items: Sequence[Item], prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
@@ -293,18 +332,25 @@ class _Asker:
         yield from found.items()
 
 
-def _question(item: Item) -> str:
-    return str(item.meta.get("question", item.id))
+def _same(example: Item, item: Item) -> bool:
+    """Whether an example is the question itself: by its name, or because it asks the same of the same media."""
+    if question_of(example) == question_of(item):
+        return True
+    return (example.question, len(example.media)) == (item.question, len(item.media)) and all(
+        one.size == other.size and one.read() == other.read()
+        for one, other in zip(example.media, item.media, strict=True)
+    )
 
 
-def _pool(source: Source, settings: Settings) -> list[Item]:
+def _pool(task: Task, source: Source, settings: Settings) -> list[Item]:
     """The examples to draw from: a seeded sample of those in their file, in one pass over it."""
-    if not settings.shots:
+    if not settings.shots + settings.text_shots:
         return []
     rng = keyed_rng(settings.seed, "pool")
     pool: list[Item] = []
-    own = source.examples is None
-    for number, item in enumerate(source.task.items(source.examples or source.path, source.images)):
+    own = source.examples in (None, source.path)
+    images = source.images if source.example_images is None else source.example_images
+    for number, item in enumerate(task.items(source.examples or source.path, images)):
         # An example of another file that has the id of a question is not that question.
         one = item if own else replace(item, meta={**item.meta, "question": f"example {item.id}"})
         if len(pool) < POOL:
@@ -314,48 +360,28 @@ def _pool(source: Source, settings: Settings) -> list[Item]:
     return pool
 
 
-def _claim(file: Path, asked: dict[str, Any], begun: bool) -> None:
-    """The file's settings are these from now on; where items are `begun`, they were before."""
-    if not begun:
-        return _write(file, asked)
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, FileNotFoundError):
-        found = {}
-    for key, value in asked.items():
-        if found.get(key) != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{file}: holds results with {key} {found.get(key)!r}, not {value!r}; choose another --out or remove "
-                "it and its items"
-            )
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    with atomic(file) as out:
-        out.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
-
-
 def table(results: Sequence[Result]) -> Any:
     """The numbers of some tasks for a terminal, a row each: a `rich` table."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    shown = Table(
-        "task", "items", "metric", "", "prompt", "scoring", "shots", "other numbers", box=None, pad_edge=False
-    )
+    metric, number = Column("metric", overflow="fold"), Column("", min_width=5)  # on a narrow terminal no number is cut
+    rest_of = ("prompt", "scoring", "shots", Column("other numbers", overflow="fold"))
+    shown = Table(Column("task", no_wrap=True), "items", metric, number, *rest_of, box=None, pad_edge=False)
     for result in results:
         metrics = dict(result["metrics"])
         first = metrics.pop(result["metric"])
         rest = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        scored = ", ".join(result["scored"])
-        number = f"{first:.3f}"
+        shots = str(result.get("shots", ""))
+        if result.get("text_shots"):
+            shots += f" + {result['text_shots']} of text"
         shown.add_row(
             result["task"],
             f"{result['n']:,}",
             result["metric"],
-            number,
-            result["prompt"],
-            scored,
-            str(result["shots"]),
+            f"{first:.3f}",
+            result.get("prompt", ""),
+            ", ".join(result.get("scored", ["features"])),
+            shots,
             rest,
         )
     return shown

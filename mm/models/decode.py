@@ -1,10 +1,12 @@
 """Decoding with a cache of our own: packed prompts on one row, for models that transformers' `generate` cannot run.
 
-What routers of experts must know of a position, its modality, has to come along with every token, and a layer with
-mixture of depths remembers only the positions that took part in it. So all prompts of a batch are scopes of one row
-without padding, as in training: first whole, then one token of each at a time. The row's `Packing` has a memory in
-which each attention layer finds the keys and values of a scope's earlier positions, those that the layer itself has
-seen. Prompts that are done leave the row. Nothing else of the model knows of it.
+What routers of experts must know of a position, its modality, and what layers with cross-attention look at has to come
+along with every token, and a layer with mixture of depths remembers only the positions that took part in it. So all
+prompts of a batch are scopes of one row without padding, as in training: first whole, then one token of each at a time.
+The row's `Packing` has a memory in which each attention layer finds the keys and values of a scope's earlier positions,
+those that the layer itself has seen. Prompts that are done leave the row. Nothing else of the model knows of it.
+
+Media that are looked at are encoded once: what is written sees what its prompt's last position sees.
 
 A system whose vocabulary has the codes of pictures (`vocabulary`) draws: behind the begin of a picture come as many
 codes as a picture has and nothing else, then its end; in text there are none. So what is drawn is always a picture.
@@ -13,7 +15,7 @@ codes as a picture has and nothing else, then its end; in text there are none. S
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -32,8 +34,12 @@ from mm.data.sample import Special
 from mm.data.tokens import Segment
 from mm.errors import ConfigError, DataError
 from mm.models.attention import Packing, packed_attention
+from mm.models.beams import Beams
 from mm.models.prompts import Decoding, Prompt, Reader, Streamer, evaluating, lay_out, positions_of
 from mm.models.system import GenerativeSystem, System
+
+if TYPE_CHECKING:
+    from mm.models.gated import MediaSeen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,27 +83,33 @@ def decode(
     Raises:
         DataError: a picture of a prompt cannot be read; a prompt is empty, or longer than the model's positions, with
             the picture that it begins.
-        ConfigError: beams; `stream` with several prompts; the model may draw and cannot, or may not and is asked to.
+        ConfigError: beams that are sampled from, or of a model whose pictures are tokens; `stream` with several prompts
+            or beams; the model may draw and cannot, or may not and is asked to.
     """
     if not prompts:
         return []
-    if decoding.beams > 1:
-        raise ConfigError(f"{decoding.beams} beams: a model with experts, depths or pictures of its own takes one")
-    if stream is not None and len(prompts) != 1:
-        raise ConfigError(f"{len(prompts)} prompts: only one prompt can stream")
+    if stream is not None and (len(prompts) != 1 or decoding.beams > 1):
+        raise ConfigError(f"{len(prompts)} prompts, {decoding.beams} beams: only one prompt without beams can stream")
     image = _ImageTokens.of(system, layout, pictures)
+    if decoding.beams > 1 and image is not None:
+        raise ConfigError(f"{decoding.beams} beams: a model whose pictures are tokens takes one")
+    if decoding.beams > 1 and decoding.temperature:
+        raise ConfigError(f"{decoding.beams} beams: this model samples from one; leave the temperature at 0")
     segments = [lay_out(prompt, layout, f"prompt {i}", limits) for i, prompt in enumerate(prompts)]
     room = positions_of(system, segments, packed=True) + 1  # the last token that is written takes no position
     reader = Reader.of(layout, decoding, any(is_chat(one) for one in prompts if not isinstance(one, Segment)))
     if image is not None:
         reader = replace(reader, decode=image.shown)
     opened = [_opened(segment, image, f"prompt {i}", room) for i, segment in enumerate(segments)]
-    writings = [_Writing(prompt, asked, room, decoding, reader, image) for prompt, asked in opened]
     streamer = Streamer(reader, stream) if stream is not None else None
     row = _Row(system, layout, image, guidance, synced)
-    choose = _Chooser(decoding, image)
+    choose = _Chooser(decoding, reader.ends, image)
     # Nothing is compiled: memory and shapes are others at every step.
     with evaluating(system), torch.compiler.set_stance("force_eager"):
+        if decoding.beams > 1:
+            searched = _search(row, [prompt for prompt, _ in opened], decoding, room, reader)
+            return [Written(reader.text(ids)) for ids in searched]
+        writings = [_Writing(prompt, asked, room, decoding, reader, image) for prompt, asked in opened]
         logits = row.open([writing.prompt for writing in writings])
         live = writings
         while True:
@@ -116,6 +128,29 @@ def decode(
             Written(reader.text(writing.ids), tuple(image.paint(codes) for codes in writing.pictures) if image else ())
             for writing in writings
         ]
+
+
+def _search(row: "_Row", prompts: list[Segment], decoding: Decoding, room: int, reader: Reader) -> list[list[int]]:
+    """Token ids of the best text that a search finds behind each prompt. Each text that runs on is a scope of the row,
+    those of a prompt one after the other."""
+    searches = [Beams.of(decoding, room - len(prompt), reader) for prompt in prompts]
+    live = list(zip(prompts, searches, strict=True))
+    logits = row.open(prompts)
+    while True:
+        log_probs = logits.log_softmax(-1)
+        places: list[int] = []
+        first = 0
+        for _, search in live:
+            running = len(search.running)
+            parents = search.take(log_probs[first : first + running])
+            places += [] if search.done else [first + parent for parent in parents]
+            first += running
+        row.keep(places)
+        live = [(prompt, search) for prompt, search in live if not search.done]
+        if not _goes_on(bool(live), row.synced, logits.device):
+            return [search.finished[0][1] for search in searches]
+        written = [(ids, len(prompt)) for prompt, search in live for _, ids in search.running]
+        logits = row.run([(ids[-1], n, before + len(ids) - 1) for n, (ids, before) in enumerate(written, 1)])
 
 
 def draws(system: System) -> bool:
@@ -376,7 +411,7 @@ def _opened(segment: Segment, image: _ImageTokens | None, where: str, room: int)
 
 
 class _Row:
-    """All prompts in one row, each a scope.
+    """All prompts in one row, each a scope. `numbers` says which of the prompts that it was opened with each is of.
 
     Under guidance each has a companion, a scope behind those of all prompts, which begins with the begin of text and is
     given the prompt's pictures, each as if it were the first.
@@ -401,7 +436,9 @@ class _Row:
         batch = collate([pack], self.layout, row_length=len(pack.tokens)).to(self.device)
         if self.synced:
             batch = with_dummies(batch, self.layout)
-        logits = self._run(batch, np.cumsum([len(prompt) for prompt in prompts]) - 1)
+        self.media = self.system.media_seen(batch)
+        self.numbers = list(range(1, len(prompts) + 1))
+        logits = self._logits(batch, np.cumsum([len(prompt) for prompt in prompts]) - 1, self.media)
         self.memory.mark()
         return logits
 
@@ -414,16 +451,26 @@ class _Row:
             if not drawn:
                 self.memory.rewind(companion)
             at.append((live[place].ids[-1], companion + 1, len(self.before) + drawn))
-        logits = self._run(self._batch(at or [(self.layout.pad, 0, 0)]), np.arange(len(at)))
+        logits = self.run(at)
         if painting:
             alone = logits[len(live) :]
             logits[painting] = alone + self.guidance * (logits[painting] - alone)
         return logits[: len(live)]
 
+    def run(self, at: list[tuple[int, int, int]]) -> Tensor:
+        """[n, V]: logits behind each of n tokens, (token, scope, position in it). Of none, padding runs."""
+        batch = self._batch(at or [(self.layout.pad, 0, 0)])
+        media = self.media
+        if media is not None:
+            numbers = [self.numbers[scope - 1] for _, scope, _ in at]
+            media = media.after(torch.tensor(numbers or [0], device=self.device))
+        return self._logits(batch, np.arange(len(at)), media)
+
     def keep(self, places: list[int]) -> None:
-        """Let the other prompts go."""
-        if len(places) < self.prompts:
+        """Let the other prompts go. A place that is named twice is two prompts from now on."""
+        if places != list(range(self.prompts)):
             self.memory.keep([*places, *(self.prompts + place for place in places)] if self.guided else places)
+            self.numbers = [self.numbers[place] for place in places]
             self.prompts = len(places)
 
     def _batch(self, at: list[tuple[int, int, int]]) -> PackedBatch:
@@ -440,16 +487,17 @@ class _Row:
             ids=[[]],
         )
 
-    def _run(self, batch: PackedBatch, keep: np.ndarray) -> Tensor:
+    def _logits(self, batch: PackedBatch, keep: np.ndarray, media: "MediaSeen | None") -> Tensor:
         packing = CachedPacking(batch.segment_ids[0].long(), "segments", memory=self.memory)
-        return self.system.logits(batch, torch.from_numpy(keep).to(self.device), packing).float()
+        return self.system.logits(batch, torch.from_numpy(keep).to(self.device), packing, media).float()
 
 
 class _Chooser:
     """Chooses tokens by logits: the likeliest, or sampled with torch's RNG as transformers does."""
 
-    def __init__(self, decoding: Decoding, image: _ImageTokens | None) -> None:
-        self.image, self.sampled = image, bool(decoding.temperature)
+    def __init__(self, decoding: Decoding, ends: frozenset[int], image: _ImageTokens | None) -> None:
+        self.image, self.sampled, self.least = image, bool(decoding.temperature), decoding.min_new_tokens
+        self.ends = sorted(ends)
         self.warpers: list[Any] = []
         if decoding.temperature:
             self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
@@ -465,6 +513,10 @@ class _Chooser:
         if self.image is not None:
             allowed = self.image.allowed(logits.shape[1])[[writing.expected for writing in live]]
             logits = logits.masked_fill(~allowed, -torch.inf)
+        early = [place for place, writing in enumerate(live) if writing.counted < self.least]
+        if early and self.ends:
+            columns = torch.tensor(self.ends, device=logits.device)
+            logits[torch.tensor(early, device=logits.device)[:, None], columns] = -torch.inf
         for warper in self.warpers:
             logits = warper(None, logits)
         if self.sampled:

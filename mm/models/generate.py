@@ -3,7 +3,7 @@
 transformers' own `generate` writes, with its cache, sampling and beams; what is ours is the prompt. Prompts of any
 lengths share a batch: they are laid out as in training and then moved to the right of their rows, so that all end
 where writing begins; the mask hides what is left of them, and positions count from each prompt's first token. Models
-that transformers cannot run with its cache, or whose pictures are tokens, are decoded by `mm.models.decode`.
+that transformers cannot run with its cache (`GenerativeSystem.decodes_itself`) are decoded by `mm.models.decode`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,11 +51,11 @@ def generate(
 
     Raises:
         DataError: a picture cannot be read; a prompt is empty or longer than the model's positions.
-        ConfigError: `stream` with several prompts or beams; beams, of a model with experts or pictures of its own.
+        ConfigError: `stream` with several prompts or beams; beams, of a model with pictures of its own.
     """
     if not prompts:
         return []
-    if system.sparsity is not None or decode.draws(system):
+    if system.decodes_itself:
         found = decode.decode(system, layout, prompts, decoding, limits, synced, stream)
         return [written.text for written in found]
     if stream is not None and (len(prompts) != 1 or decoding.beams > 1):
@@ -175,7 +175,9 @@ def _transformers_config(decoding: Decoding, tokens: int, layout: Layout, reader
         }
     return GenerationConfig(
         max_new_tokens=tokens,
+        min_new_tokens=min(decoding.min_new_tokens, tokens) or None,
         num_beams=decoding.beams,
+        length_penalty=float(decoding.length_penalty),
         eos_token_id=sorted(reader.ends) or None,
         pad_token_id=layout.pad,
         **sampling,

@@ -20,7 +20,7 @@ from mm.data.sample import Media, Special, Text, Tokens, Turn
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
-from mm.models.system import GenerativeSystem
+from mm.models.system import GenerativeSystem, System
 
 Prompt = tuple[Text | Tokens | Special | Media | Turn, ...]
 Form = Literal["chat", "raw"]
@@ -36,6 +36,8 @@ class Decoding:
     torch's RNG, from the `top_k` likeliest and from those that have `top_p` of the probability together.
     stop, stop_ids: texts and token ids that end an answer and are cut off it, beside the template's end of text.
     (Open-Qwen2VL's published numbers stop at 13, 11 and 198: a full stop, a comma, a line break.)
+    min_new_tokens: before so many there is no token that ends an answer. length_penalty: of texts that a search ends,
+    the best is that of the largest log p / length^length_penalty, so below 0 short ones are preferred.
     """
 
     max_new_tokens: int = 64
@@ -45,6 +47,8 @@ class Decoding:
     beams: int = 1
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, bad, expected in (
@@ -54,6 +58,8 @@ class Decoding:
             ("top_k", self.top_k is not None and self.top_k < 1, "a number from 1 on"),
             ("beams", self.beams < 1, "a number from 1 on"),
             ("stop", "" in self.stop, "texts that are not empty"),
+            ("min_new_tokens", not 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            ("length_penalty", self.beams == 1 and self.length_penalty != 1, "beams with it: it ranks what they end"),
         ):
             if bad:
                 raise ConfigError(f"{name} {getattr(self, name)!r}: expected {expected}")
@@ -136,7 +142,7 @@ def positions_of(system: GenerativeSystem, segments: Sequence[Segment], packed: 
     return int(positions)
 
 
-def autocast(system: GenerativeSystem, precision: Precision) -> torch.autocast:
+def autocast(system: System, precision: Precision) -> torch.autocast:
     """For a `with` around calls: float32, or bfloat16 over float32 weights as in training."""
     return torch.autocast(next(system.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16")
 

@@ -31,9 +31,10 @@ from mm.data.prepare import open_splits
 from mm.data.sample import Text, Turn
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
+from mm.models.beams import Beams
 from mm.models.decode import CachedPacking, decode, draws, to_draw
 from mm.models.generate import generate, log_likelihoods, mean_losses
-from mm.models.prompts import Decoding, Prompt, autocast, chat_prompt, raw_prompt
+from mm.models.prompts import Decoding, Prompt, Reader, autocast, chat_prompt, raw_prompt
 from mm.models.system import GenerativeSystem
 from mm.models.systems.text_lm.config import TextLMConfig
 from mm.train import evaluate
@@ -106,8 +107,8 @@ def calls_of(system: GenerativeSystem) -> Iterator[Calls]:
     calls: Calls = []
     logits = system.logits
 
-    def noted(batch: PackedBatch, keep: Tensor, packing: CachedPacking) -> Tensor:
-        found = logits(batch, keep, packing)
+    def noted(batch: PackedBatch, keep: Tensor, packing: CachedPacking, media: None) -> Tensor:
+        found = logits(batch, keep, packing, media)
         kept = [int(one.length.sum()) for one in packing.memory.layers.values()]
         calls.append((batch, found.clone(), kept))
         return found
@@ -204,6 +205,58 @@ def test_a_dense_model_writes_what_transformers_lets_it_write() -> None:
             expected = generate(system, layout, [prompt], decoding)
             torch.manual_seed(3)
             assert [one.text for one in decode(system, layout, [prompt], decoding)] == expected
+
+
+def ends_of(system: GenerativeSystem, layout: Layout) -> tuple[int, ...]:
+    """Tokens that are written after some of the texts, at different times."""
+    with calls_of(system) as calls:
+        decode(system, endless(layout), TEXTS, Decoding(9))
+    return tuple(int(calls[at][0].input_ids[0, place]) for place, at in ((0, 3), (1, 7), (3, 5)))
+
+
+@pytest.mark.parametrize(("penalty", "least"), [(1.0, 0), (-2.0, 6), (0.0, 0)])
+def test_beams_are_those_of_transformers(penalty: float, least: int) -> None:
+    """Of prompts together and alone, whatever ends a text: a token, a string, its length, the model's last position."""
+    system, layout = text_lm("dense")
+    ends = ends_of(system, layout)
+    (written,) = generate(system, layout, TEXTS[:1], Decoding(9))
+    several = Decoding(9, beams=3, length_penalty=penalty, stop_ids=ends, min_new_tokens=least)
+    greedy = generate(system, layout, TEXTS, Decoding(9, stop_ids=ends, min_new_tokens=least))
+    for decoding in (several, replace(several, beams=5, stop=(written[4:6],)), replace(several, max_new_tokens=6)):
+        expected = [generate(system, layout, [prompt], decoding)[0] for prompt in TEXTS]
+        assert [one.text for one in decode(system, layout, TEXTS, decoding)] == expected
+        assert [decode(system, layout, [prompt], decoding)[0].text for prompt in TEXTS] == expected
+        assert expected != greedy
+    system.language.config.max_position_embeddings = len(segment_of(TEXTS[0], layout)) + 4
+    expected = generate(system, layout, TEXTS[:1], several)
+    assert [one.text for one in decode(system, layout, TEXTS[:1], several)] == expected
+
+
+@pytest.mark.parametrize("kind", ["experts", "both"])
+def test_beams_of_a_model_that_routes_are_those_without_a_cache(kind: str) -> None:
+    system, layout = text_lm(kind)
+    decoding = Decoding(6, beams=3, stop_ids=ends_of(system, layout))
+    reader = Reader.of(layout, decoding, False)
+    expected = []
+    for prompt in TEXTS:
+        row = row_of(system, layout, segment_of(prompt, layout))
+        search = Beams.of(decoding, 99, reader)
+        while not search.done:
+            rows = [longer(row, ids, [0] * len(ids)) for _, ids in search.running]
+            search.take(torch.stack([next_logits(system, one) for one in rows]).log_softmax(-1))
+        expected.append(reader.text(search.finished[0][1]))
+    assert generate(system, layout, TEXTS, decoding) == expected
+
+
+def test_an_answer_of_at_least_so_many_tokens() -> None:
+    system, layout = text_lm("dense")
+    ends = ends_of(system, layout)
+    short, long = Decoding(9, stop_ids=ends), Decoding(9, stop_ids=ends, min_new_tokens=8)
+    expected = generate(system, layout, TEXTS, long)
+    with calls_of(system) as calls:
+        assert [one.text for one in decode(system, layout, TEXTS, long)] == expected
+    assert [len(logits) for _, logits, _ in calls[:8]] == [len(TEXTS)] * 8
+    assert expected != generate(system, layout, TEXTS, short)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -429,6 +482,9 @@ def test_training_mode_is_what_it_was() -> None:
     assert generate(system.eval(), layout, TEXTS, Decoding(4)) == found
 
 
+BEAMS, SAMPLED = Decoding(beams=2), Decoding(beams=2, temperature=0.5)
+
+
 def test_what_cannot_be_done_is_refused_in_one_line() -> None:
     system, layout = moma("experts")
     dense, words = text_lm("dense")
@@ -436,8 +492,10 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
     asked = to_draw(PICTURES[0], layout)
     bare = replace(layout, template=replace(layout.template, bos=None))
     refused: list[tuple[str, type[Exception], Callable[[], Any]]] = [
-        ("4 beams: a model with experts", ConfigError, lambda: generate(system, layout, TEXTS, Decoding(beams=4))),
-        ("only one prompt can stream", ConfigError, lambda: decode(system, layout, TEXTS, stream=print)),
+        ("4 beams: a model whose pictures", ConfigError, lambda: generate(system, layout, TEXTS, Decoding(beams=4))),
+        ("2 beams: only one prompt without", ConfigError, lambda: decode(dense, words, TEXTS[:1], BEAMS, stream=print)),
+        ("2 beams: this model samples from one", ConfigError, lambda: decode(dense, words, TEXTS, SAMPLED)),
+        ("4 prompts, 1 beams: only one", ConfigError, lambda: decode(system, layout, TEXTS, stream=print)),
         ("prompt 0 begins a picture, and the model may not", ConfigError, lambda: generate(system, layout, [asked])),
         ("pictures: this model draws none", ConfigError, lambda: decode(dense, words, TEXTS, pictures=True)),
         ("has no token that begins a picture", ConfigError, lambda: to_draw(TEXTS[0], words)),

@@ -320,6 +320,8 @@ def test_what_a_published_model_says_of_generation_is_not_done_and_not_lost(qwen
         ({"top_k": 5}, "give a temperature above 0"),
         ({"beams": 0}, "beams 0: expected a number from 1 on"),
         ({"stop": ("",)}, "stop .*: expected texts that are not empty"),
+        ({"min_new_tokens": 65}, "min_new_tokens 65: expected 0 to max_new_tokens"),
+        ({"length_penalty": -2.0}, "length_penalty -2.0: expected beams with it"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -43,6 +43,7 @@ class Moma(GenerativeSystem):
         self.register_buffer("vocabulary", ids, persistent=False)
         self.language = _language(config, tokenizer, weights)
         self.sparsify(config, ("image",))
+        self.decodes_itself = True  # pictures are tokens, also where it is dense
 
     @cached_property
     def teacher(self) -> PictureTeacher:
