@@ -36,7 +36,7 @@ test: $(READY) lint
 	@echo "wheel: built, and imported outside the checkout"
 	@$(BIN)/python tests/check_wheel.py
 	@echo "tests: about 12 minutes on 2 cores"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	@MM_SOAK_KILLS=50 MM_SOAK_MUTATIONS=5000 $(BIN)/python -m pytest tests/data/test_write.py tests/data/test_hostile.py

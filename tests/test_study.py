@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_run import TINY
 
 from benchmarks import study
-from benchmarks.studies import mert, moma
+from benchmarks.studies import cosmo, mert, moma, simvlg
 from benchmarks.study import Row, Run, Study
 from mm.config import RunConfig
+from mm.data.loader import one_pass
 from mm.data.packed import PackedDataset
 from mm.data.prepare import pack_split
+from mm.train.stages import take_over
 
 
 def config(steps: int) -> dict[str, Any]:
@@ -120,17 +123,19 @@ def test_the_music_study_keeps_pieces_apart_and_fits_its_time(tmp_path: Path, mo
     assert "| full | 1 | 3 | 60 | 9.250 |" in shown and "9 clips of 3 test pieces" in shown and mert.show([])
 
 
-def write_corpora(folder: Path) -> None:
-    """Eight emoji in four groups, one of them with a skin tone; 32 stamps and drawings of 16 kinds; 40 documents."""
+def shard(path: Path, files: dict[str, dict[str, Any]], picture_name: str = "png") -> None:
+    """With a picture of its own for each."""
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for number, (key, about) in enumerate(files.items()):
+            picture = io.BytesIO()
+            Image.new("RGB", (100, 80), (5 * number % 256, 90, 200)).save(picture, "PNG")
+            mert.add(tar, f"{key}.json", json.dumps(about).encode())
+            mert.add(tar, f"{key}.{picture_name}", picture.getvalue())
 
-    def shard(path: Path, files: dict[str, dict[str, Any]]) -> None:
-        path.parent.mkdir()
-        with tarfile.open(path, "w") as tar:
-            for number, (key, about) in enumerate(files.items()):
-                picture = io.BytesIO()
-                Image.new("RGB", (100, 80), (5 * number, 90, 200)).save(picture, "PNG")
-                mert.add(tar, f"{key}.json", json.dumps(about).encode())
-                mert.add(tar, f"{key}.png", picture.getvalue())
+
+def write_corpora(folder: Path) -> None:
+    """Eight emoji in four groups, one of them with a skin tone; 32 stamps and drawings of 16 kinds; 400 documents."""
 
     def captions(text: str) -> list[dict[str, str]]:
         return [{"language": "de", "text": "auf Deutsch"}, {"language": "en", "text": text}]
@@ -242,3 +247,112 @@ def test_the_experts_study_reads_savings_off_the_dense_curve() -> None:
     assert "| 4t4i, auxiliary routers | 0.97" in shown and "| *4t4i in the paper: 1.4B, 1T tokens* | *3.7*" in shown
     assert "| 8x | 1 | 600 |" in shown and "| 8x | 1.94" not in shown, "its seed has no dense run yet"
     assert moma.show([]) == ""
+
+
+def test_the_contrastive_study_keeps_pairs_apart_and_measures_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moma, "CORPORA", tmp_path)
+    monkeypatch.setattr(cosmo, "DATA", tmp_path / "data")
+    with pytest.raises(SystemExit, match="mm data build stamps --out"):
+        cosmo.write_splits()
+    write_corpora(tmp_path)
+    page = [{"text": "Before."}, {"image": "0000.png"}, {"text": "A dialog."}]
+    shard(tmp_path / "gimp-help/en-0.tar", {f"page-{n}": {"parts": page} for n in range(40)}, "0000.png")
+    cosmo.write_splits()
+    keys: dict[str, set[str]] = {}
+    for split in cosmo.SPLITS:
+        found = cosmo.groups(tmp_path / f"data/pairs-{split}.tar")
+        assert all(len(one) == 2 and json.loads(one["json"])["caption"] for one in found.values())
+        keys[split] = set(found) | set(cosmo.groups(tmp_path / f"data/manual-{split}.tar"))
+    assert sum(map(len, keys.values())) == len(set().union(*keys.values())) == 1855 + 32 + 40
+    assert all(any(key.startswith(kind) for key in keys["train"]) for kind in ("emoji", "stamps", "clipart", "page"))
+
+    (tmp_path / "debian-text/dictionary-0.jsonl.gz").touch()
+    parts = [RunConfig.model_validate({**made(), "out": "x"}) for made in (cosmo.tower_config, cosmo.lm_config)]
+    runs = {arm: RunConfig.model_validate({**cosmo.config(arm), "out": "x"}) for arm in cosmo.ARMS}
+    assert len({run.model.layout().fingerprint() for run in runs.values()}) == 1, "one packed set for all"
+    assert all(run.train.max_steps == cosmo.STEPS for run in runs.values())
+    assert parts[1].model.layout().tokenizer.fingerprint() == runs["both"].model.layout().tokenizer.fingerprint()
+    prepared = cosmo.MINUTES["tower"] + cosmo.MINUTES["lm"]
+    assert sum(run.minutes for run in cosmo.RUNS) + prepared <= 75
+
+    raw = RunConfig.model_validate({**cosmo.config("both"), "data": cosmo.raw_data(), "out": "x"})
+    layout = raw.model.layout()
+    pack_split(raw.data, "test", layout, 0, tmp_path / "data/packed/test")
+    torch.manual_seed(0)
+    clip, system = parts[0].model.build(), raw.model.build()
+    take_over(system, cosmo.tower_of(clip.state_dict(), system.vision.featurizer), None, "CLIP")
+    batch = next(one_pass(PackedDataset(tmp_path / "data/packed/test"), layout, 1))
+    pixels = batch.media["image"].stacked()[:3]
+    clip.clip.visual.output_tokens = True
+    with torch.no_grad():
+        torch.testing.assert_close(system.vision.of_squares(pixels), clip.clip.visual(pixels)[1], rtol=1e-4, atol=1e-4)
+        output, losses = system(batch), cosmo.losses_of(system, batch)
+    assert sum(loss for loss, _ in losses.values()) == pytest.approx(float(output.losses["next_token"]), rel=1e-5)
+    assert sum(tokens for _, tokens in losses.values()) == batch.targets and [*losses] == batch.ids[0]
+    assert len(output.features["image"]) == len(losses)
+    said = {id: layout.tokenizer.decode([*tokens[1:-1]]) for id, tokens in cosmo.captions_of(batch).items()}
+    tars = cosmo.groups(tmp_path / "data/pairs-test.tar")
+    assert said == {id: json.loads(tars[id.split("/")[-1]]["json"])["caption"] for id in said}
+
+
+def test_the_contrastive_study_ranks_and_compares() -> None:
+    image, text = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    alike = torch.eye(5, dtype=torch.bool)
+    alike[1, 3] = alike[3, 1] = True
+    expected = []
+    for i in range(5):
+        best = max(float(image[i] @ text[j]) for j in range(5) if alike[i, j])
+        expected.append(sum(float(image[i] @ text[j]) >= best for j in range(5) if not alike[i, j]))
+    assert cosmo.ranks(image, text, alike) == expected
+    assert cosmo.ranks(torch.ones(5, 2), torch.ones(5, 2), alike) == [4, 3, 4, 3, 4], (
+        "what is all the same finds nothing"
+    )
+
+    def row(run: str, seed: int, loss: float, rank: int) -> Row:
+        found = {
+            "losses": [loss, 2 * loss], "tokens": [1, 2], "manual_losses": [3.0], "manual_tokens": [2],
+            "image_to_text": [0, rank], "text_to_image": [rank, rank],
+        }  # fmt: skip
+        said = {"caption_loss": loss, "shuffled_loss": loss + 0.5, "match_accuracy": 0.25}
+        return {"run": run, "seed": seed, "seconds": 60.0, "result": {**found, **said}}
+
+    rows = [row("generative", 0, 4.0, 7), row("both", 0, 3.5, 3), row("both", 1, 3.0, 3)]
+    shown = cosmo.show(rows)
+    assert "| both | 2 | 60 (60 to 60) | 3.250 (3.250 to 3.250) | +0.500 | 25.0 % | 1.500" in shown
+    assert "| both | 50.0 (0.0 to 100.0) | 100.0 (100.0 to 100.0) |" in shown and "50.0 %, 250.0 %" in shown
+    assert "| both, less generative | -0.500 (-0.500 to -0.500; -0.500) | +50.0 (" in shown
+    assert "less contrastive" not in shown and cosmo.show([])
+
+
+def test_the_merging_study_reads_equal_steps_and_equal_time_off_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cosmo, "DATA", tmp_path)
+    tokenizer = cosmo.train_tokenizer(iter(["a caption"]), 300)
+    tokenizer.add_special_tokens(["<visual>"])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    for arm in (*simvlg.CONNECTORS, *simvlg.TOWERS, *simvlg.JOINED):
+        run = RunConfig.model_validate({**simvlg.config(arm), "out": "x"})
+        layout = run.model.layout()
+        taken = layout.image.tokens if layout.image else layout.video.count()[0]  # type: ignore[union-attr]
+        assert taken == simvlg.positions(arm)
+        assert run.train.batch_tokens // (taken + simvlg.TEXT) == simvlg.PAIRS
+        assert (run.train.max_steps or 0) % simvlg.EVERY == 0 or arm in simvlg.JOINED
+    arms = [*simvlg.CONNECTORS][:4]
+    assert [simvlg.positions(arm) for arm in arms] == [65, 45, 25, 11]
+    assert [simvlg.positions(arm) for arm in simvlg.TOWERS] == [64, 48, 32, 8]
+    assert sum(run.minutes for run in simvlg.RUNS) <= 75
+
+    def row(run: str, second: float, loss: float) -> Row:
+        curve = [[20 * n, 20 * n * second, loss - 0.1 * n] for n in range(1, 5)]
+        found = {"losses": [loss], "tokens": [1], "caption_loss": loss, "shuffled_loss": loss}
+        return {"run": run, "seed": 0, "steps": 80, "seconds": 80 * second, "curve": curve, "result": found}
+
+    shown = simvlg.show([row(arms[0], 2.0, 4.0), row(arms[2], 1.0, 4.5)])
+    assert "validation loss after 80 steps | after 80 s" in shown
+    assert f"| {arms[0]} | 65 | 1 | 2.00 | 3.600 (3.600 to 3.600) | 3.800 (3.800 to 3.800) | 80 |" in shown
+    assert f"| {arms[2]} | 25 | 1 | 1.00 | 4.100 (4.100 to 4.100) | 4.100 (4.100 to 4.100) | 80 |" in shown
+    assert f"| {arms[2]} | +0.500 (+0.500 to +0.500; +0.500) |" in shown and simvlg.show([]) == ""

@@ -139,19 +139,24 @@ def pictures() -> Iterator[tuple[Split, str, bytes, str]]:
     """(split, key, encoded picture, English caption). Emoji with a skin tone are left out: all but the same."""
     for name, pattern in PICTURES.items():
         for shard in shards(pattern, name):
-            with tarfile.open(shard) as tar:
-                files: dict[str, dict[str, bytes]] = {}
-                for member in tar:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    key, _, ext = member.name.rpartition(".")
-                    files.setdefault(key, {})[ext] = file.read()
-            for number, (key, members) in enumerate(sorted(files.items())):
+            for number, (key, members) in enumerate(sorted(groups(shard).items())):
                 about = json.loads(members.pop("json"))
                 if not about.get("skin_tones"):
                     (data,) = members.values()
                     split: Any = split_of(about["group"]) if name == "emoji" else open_qwen2vl.split_of(key)
                     yield split, f"{name}-{number:05d}", data, caption_of(about)
+
+
+def groups(shard: Path | str) -> dict[str, dict[str, bytes]]:
+    """The members of a tar by key, up to the first dot, and the rest of their names."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            key, _, ext = member.name.partition(".")
+            found.setdefault(key, {})[ext] = file.read()
+    return found
 
 
 def documents() -> Iterator[tuple[Split, str]]:
