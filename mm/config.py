@@ -166,6 +166,11 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         f"{over} does not divide the experts of every group ({', '.join(f'{n}: {e}' for n, e in groups.items())})",
     )
     rule(
+        config.model.kind == "clip" and getattr(train.engine, "stage", 0) == 3,
+        "train.engine.stage",
+        "3 has no whole weights where a clip model cuts positions to the length of texts; set stage 2, or kind fsdp",
+    )
+    rule(
         train.max_steps is not None and getattr(train.schedule, "warmup", 0) > train.max_steps,
         "train.schedule.warmup",
         f"{getattr(train.schedule, 'warmup', 0):g} steps are more than train.max_steps = {train.max_steps}",
