@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -32,17 +34,27 @@ class Job:
             time.sleep(600)
 
 
+Children = Callable[[], list[BaseProcess]]
+
+
+@pytest.fixture
+def children() -> Children:
+    """The processes that this one has started since the test began; the session may have a pool of ranks."""
+    before = multiprocessing.active_children()
+    return lambda: [one for one in multiprocessing.active_children() if one not in before]
+
+
 def done(folder: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[0]) for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (1, 1), (3, 3), (99, 20)])
-def test_every_item_once(tmp_path: Path, workers: int, processes: int) -> None:
+def test_every_item_once(tmp_path: Path, workers: int, processes: int, children: Children) -> None:
     items = list(range(0, 40, 2))
     assert sorted(run(Job(tmp_path), "work", items, workers)) == items == done(tmp_path)
     used = {int(path.read_text()) for path in tmp_path.iterdir()}
     assert len(used) <= processes and (os.getpid() in used) == (workers <= 1)
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -60,22 +72,24 @@ def test_nothing_to_do(tmp_path: Path, workers: int) -> None:
         ("killed", MMError, r"a packing process was killed, probably for lack of memory: use fewer --workers"),
     ],
 )
-def test_the_first_error_ends_it_as_it_was_raised(tmp_path: Path, luck: str, kind: type[Exception], words: str) -> None:
+def test_the_first_error_ends_it_as_it_was_raised(
+    tmp_path: Path, luck: str, kind: type[Exception], words: str, children: Children
+) -> None:
     with pytest.raises(kind, match=words):
         list(run(Job(tmp_path, luck), "work", list(range(200)), 2))
     assert len(done(tmp_path)) < 100, "what had not begun is left"
-    assert ended()
+    assert ended(children)
 
 
-def ended() -> bool:
+def ended(children: Children) -> bool:
     """No process of a pool is left, a moment later."""
     deadline = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < deadline:
+    while children() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not multiprocessing.active_children()
+    return not children()
 
 
-def test_an_interrupt_ends_the_workers_and_no_other_process(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_workers_and_no_other_process(tmp_path: Path, children: Children) -> None:
     """Ctrl-C arrives between two items, while another one is long at work."""
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     other.start()
@@ -84,9 +98,9 @@ def test_an_interrupt_ends_the_workers_and_no_other_process(tmp_path: Path) -> N
             for _ in run(Job(tmp_path, "slow"), "work", list(range(13, 30)), 2):
                 raise KeyboardInterrupt
         deadline = time.monotonic() + 10
-        while len(multiprocessing.active_children()) > 1 and time.monotonic() < deadline:
+        while len(children()) > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert multiprocessing.active_children() == [other] and other.is_alive()
+        assert children() == [other] and other.is_alive()
     finally:
         other.kill()
         other.join()
