@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mm.config import load_config
-from mm.errors import ConfigError
+from mm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
@@ -66,7 +66,10 @@ def load(
     if (release := released.find(path)) is not None:
         kind: Any = SYSTEMS.resolve(release.kind)
         values = {"released": str(path)} if "released" in kind.model_fields else release.section()
-        model = kind.model_validate(values)
+        try:
+            model = kind.model_validate(values)
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: {_first(error)}") from None
         config = ReleaseConfig(_changed(model, template, tokens), release.form)
         system = config.model.build()
     else:
@@ -92,8 +95,13 @@ def _changed(model: Any, template: str | None, tokens: int | None) -> Any:
     try:
         return type(model).model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(_first(error)) from None
+
+
+def _first(error: ValidationError) -> str:
+    """Of what is wrong, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def export(
@@ -146,7 +154,7 @@ def export(
         elif to == "open_clip":
             note = open_clip.write(system, model, partial)
         elif to == "cosmo":
-            note = cosmo.write(system, layout, model, partial)
+            note = cosmo.write(system, model, partial)
         elif to == "lavis":
             _freeze_as_trained(system, config)
             note = lavis.write(system, model, partial)
@@ -161,14 +169,9 @@ def export(
 
 
 def _freeze_as_trained(system: Any, config: Any) -> None:
-    """Let `requires_grad` say what training changed: of a run, what it did not freeze, adapters too; of a release, all
-    but vision tower and language model."""
+    """Let `requires_grad` say what is trained: of a run, what it does not freeze; of a release, all but the tower."""
     from mm.train.config import ParamRule
     from mm.train.params import freeze
 
-    if isinstance(config, ReleaseConfig):
-        freeze(system, [ParamRule(match=part, freeze=True) for part in (r"vision\.featurizer\..*", r"language\..*")])
-        return
-    freeze(system, config.train.params)
-    if config.train.lora:
-        system.language.requires_grad_()
+    tower = [ParamRule(match=r"vision\.featurizer\..*", freeze=True)]
+    freeze(system, tower if isinstance(config, ReleaseConfig) else config.train.params)

@@ -267,7 +267,9 @@ def _obelics(group: Group, fields: Fields, match: MatchConfig | None, id: str, w
     pictures = _list(fields.get("image_info") or fields.get("images") or [None] * len(texts), "pictures")
     if len(texts) != len(pictures):
         raise DataError(f"{where}: {len(texts)} texts and {len(pictures)} pictures; the lists run in parallel")
-    best = _best_texts(fields["score"], texts, pictures, match, id, where) if match and any(pictures) else {}
+    best: dict[int, str] = {}
+    if match and any(pictures) and fields.get("score") is not None:  # documents may have none
+        best = _best_texts(fields["score"], texts, pictures, match, id, where)
     places: Places = []
     left_out = 0
     for number, (text, picture) in enumerate(zip(texts, pictures, strict=True)):

@@ -35,6 +35,7 @@ Box = tuple[float, float, float, float]
 
 _PROBE_BYTES = 512  # read at once: most headers lie within; more than a segment of a JPEG is skipped, not read
 _PROBE_STEPS = 4096  # markers and stray bytes before a JPEG's size
+_LONGEST = 10  # times as long as wide: longer pictures are not resized as a whole for the square in their middle
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +174,14 @@ def decode_image(
     image = _open(data, where)
     try:
         (width, height), middle, box = image.size, transform.middle, None
+        size = transform.pixels(ImageHeader(width, height)) if out is None else (out.shape[1], out.shape[2])
+        whole = size
         if rng is not None and transform.crop < 1:
             box = draw_box(width, height, transform.crop, rng, middle)
-        size = transform.pixels(ImageHeader(width, height)) if out is None else (out.shape[1], out.shape[2])
-        whole = _covering(width, height, size[0]) if middle and box is None else size
+        elif middle and max(width, height) > _LONGEST * min(width, height):
+            box = _middle_square(width, height)
+        elif middle:  # first resized, then cut, as torchvision does: equal to it to the last bit
+            whole = _covering(width, height, size[0])
         pixels = resize(image, whole, box) if decoder == "exact" else _fast_resize(image, data, whole, box)
         top, left = (round((have - want) / 2) for have, want in zip(whole, size, strict=True))
         pixels = pixels[top : top + size[0], left : left + size[1]]
@@ -283,12 +288,17 @@ def _covering(width: int, height: int, side: int) -> tuple[int, int]:
     return (long, side) if width <= height else (side, long)
 
 
+def _middle_square(width: int, height: int) -> Box:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def draw_box(width: int, height: int, crop: float, rng: np.random.Generator, middle: bool = False) -> Box:
     """A box of `crop` to 1 of the area, its shape within 3:4 and 4:3 of the picture's, or of the middle square's."""
     if middle:
-        side = min(width, height)
-        x, y = (width - side) / 2, (height - side) / 2
-        left, top, right, bottom = draw_box(side, side, crop, rng)
+        x, y, _, _ = _middle_square(width, height)
+        left, top, right, bottom = draw_box(min(width, height), min(width, height), crop, rng)
         return left + x, top + y, right + x, bottom + y
     area, ratio = rng.uniform(crop, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     w, h = width * min(1, np.sqrt(area * ratio)), height * min(1, np.sqrt(area / ratio))

@@ -19,6 +19,9 @@ PAD = "<pad>"
 PLACES = ("tokenizer.json", "text_tokenizer.json", "../../tokenizer/text_tokenizer.json")
 """Of a tokenizer from the folder that is named; the last two as Chameleon was released (`models/7b`, `tokenizer`)."""
 
+GPT2 = ("vocab.json", "merges.txt", "special_tokens_map.json")
+"""What makes a tokenizer where there is none of these."""
+
 
 class Tokenizer:
     """A `tokenizers` tokenizer by folder, hub name, or `builtin:NAME`; plain text only ever gives plain tokens.
@@ -134,10 +137,15 @@ def open_clip_pad(tokenizer: Tokenizer, text: dict[str, Any]) -> int:
     that of the padding token of the one that is named. Raises `DataError`."""
     if not (name := text.get("hf_tokenizer_name")):
         return 0
-    pad = json.loads(file_of(name, ("tokenizer_config.json",)).read_text(encoding="utf-8")).get("pad_token")
-    if pad is None:
+    file = file_of(name, ("tokenizer_config.json",))
+    try:
+        pad = json.loads(file.read_text(encoding="utf-8")).get("pad_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"tokenizer {name}: {file} is damaged ({error})") from None
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str):
         raise DataError(f"tokenizer {name}: its tokenizer_config.json names no pad_token")
-    return tokenizer.id(pad["content"] if isinstance(pad, dict) else pad)
+    return tokenizer.id(pad)
 
 
 def chameleon_code(code: int) -> str:
@@ -146,22 +154,25 @@ def chameleon_code(code: int) -> str:
 
 
 def _read(name: str) -> tokenizers.Tokenizer:
+    reader: Callable[..., tokenizers.Tokenizer] = tokenizers.Tokenizer.from_file
+    files: list[Path] = []
     try:
-        file = _tokenizer_file(name)
+        files = [_tokenizer_file(name)]
     except DataError:
         with suppress(DataError):
-            return _of_gpt2(name)
-        raise
+            reader, files = _of_gpt2, [file_of(name, (part,)) for part in GPT2]
+        if not files:
+            raise
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return reader(*map(str, files))
     except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"tokenizer {name}: {file} is damaged or of another version ({error})") from None
+        where = " or ".join(map(str, files))
+        raise DataError(f"tokenizer {name}: {where} is damaged or of another version ({error})") from None
 
 
-def _of_gpt2(name: str) -> tokenizers.Tokenizer:
-    """A byte-level BPE from the files of GPT-2's, which is all that repositories of OPT have. Raises `DataError`."""
-    vocabulary, merges = (str(file_of(name, (part,))) for part in ("vocab.json", "merges.txt"))
-    special: dict[str, Any] = json.loads(file_of(name, ("special_tokens_map.json",)).read_text(encoding="utf-8"))
+def _of_gpt2(vocabulary: str, merges: str, special_tokens: str) -> tokenizers.Tokenizer:
+    """A byte-level BPE from the files of GPT-2's, which is all that repositories of OPT have."""
+    special: dict[str, Any] = json.loads(Path(special_tokens).read_text(encoding="utf-8"))
     backend = tokenizers.Tokenizer(models.BPE.from_file(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -154,7 +154,8 @@ def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) ->
 
 
 def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where: str) -> list[Unit]:
-    """The units of a document that one visit sees: begin of text, and what is around a medium that is drawn.
+    """The units of a document that one visit sees: what it opens with (begin of text, if not behind media), and what is
+    around a medium that is drawn.
 
     This begins up to `window.before` tokens in front of that medium, no other in between, and fewer where media would
     be lost for them that fit without; where the document ends before the window is full, it begins earlier. A medium is
@@ -193,12 +194,17 @@ def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where
 
 def learned_after_media(units: list[Unit]) -> list[Unit]:
     """The units of a document, of which no text is learned before the first medium, nor from behind a special token to
-    the next medium. So COSMO and OpenFlamingo learn, with a token that ends what is said of a picture."""
-    is_learned = False
+    the next medium. So COSMO and OpenFlamingo learn, with a token that ends what is said of a picture.
+
+    A special token directly behind a medium, such as the begin of text of a prefix, ends nothing.
+    """
+    is_learned = is_behind_medium = False
     found: list[Unit] = []
     for unit in units:
         found.append(unit if is_learned or unit.media else replace(unit, loss=False))
-        is_learned = unit.media is not None or (is_learned and not unit.inserted)
+        ends = unit.inserted and not is_behind_medium
+        is_behind_medium = unit.media is not None
+        is_learned = is_behind_medium or (is_learned and not ends)
     return found
 
 

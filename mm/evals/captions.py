@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mm.data.sample import Choice, Media, Sample, Text
-from mm.data.sources import SourceConfig
+from mm.data.sources import SourceConfig, sample_id
 from mm.errors import ConfigError, DataError
 from mm.evals.items import Form, Item, Record, Task
 from mm.evals.rows import LIMITS, Row, rows
@@ -114,20 +114,23 @@ def _pairs(path: str) -> Iterator[Item]:
     if path.endswith((".yaml", ".yml")):
         given = yaml.safe_load(Path(path).read_text())
     try:
-        source = TypeAdapter(SourceConfig).validate_python(given).build("")
+        config = TypeAdapter(SourceConfig).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    source = config.build("")
+    # Then each caption is a sample of its own, and they are of one picture all the same.
+    apart = getattr(config, "captions", None) == "all" and not getattr(config, "timed", False)
     for shard in source.shards():
         with source.open(shard, LIMITS) as opened:
             for group in opened.groups():
                 if isinstance(group, DataError):
                     raise group
                 for sample in source.samples(group, LIMITS):
-                    yield from _items(sample, shard)
+                    yield from _items(sample, sample_id(source.name, group) if apart else sample.id, shard)
 
 
-def _items(sample: Sample, shard: str) -> Iterator[Item]:
+def _items(sample: Sample, picture: str, shard: str) -> Iterator[Item]:
     # Read now: the shard is closed when the last of its items is asked.
     media = tuple(replace(part, data=part.read()) for part in sample.parts if isinstance(part, Media))
     options = [part.options for part in sample.parts if isinstance(part, Choice)]
@@ -141,7 +144,7 @@ def _items(sample: Sample, shard: str) -> Iterator[Item]:
     for number, (prompt, some) in enumerate(captions.items()):
         id = sample.id if len(captions) == 1 else f"{sample.id}#{number}"
         # Under another prompt it is the same picture, which is no example for itself.
-        yield Item(id, prompt, media, tuple(some), meta={"prompt": prompt, "question": sample.id})
+        yield Item(id, prompt, media, tuple(some), meta={"prompt": prompt, "question": picture})
 
 
 def words(text: str) -> Words:

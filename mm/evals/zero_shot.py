@@ -1,10 +1,11 @@
 """Retrieval and zero-shot classification: pictures and texts are compared by their features, and nothing is written.
 
 A system takes part that has `encode_pictures` and `encode_texts` (kinds `clip` and `cosmo`). Features are kept on disk
-as they come, a row of float32 a picture or text: a run that was stopped goes on, and one with a larger limit adds to
-them.
+as they come, a row of float32 a picture or text, and beside them what each row is of: a run that was stopped goes on,
+and one with a larger limit adds to them.
 """
 
+import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
@@ -36,6 +37,7 @@ from mm.models.prompts import Precision, autocast
 from mm.models.system import System
 
 T = TypeVar("T")
+KEY = 16  # bytes of the digest that says what a row is of
 SHOWN = 5  # of the texts that are most like a picture, in its record
 TEMPLATES = ("a photo of a {}.",)
 PICTURE, LABEL = ("image", "file_name", "path", "file"), ("label", "class", "category")
@@ -73,7 +75,7 @@ class FeatureTask(ABC):
         return
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers besides the files."""
+        """What decides the numbers besides the files, once these are open."""
         return {}
 
     @abstractmethod
@@ -99,6 +101,7 @@ class Retrieval(FeatureTask):
     """
 
     name = "retrieval"
+    version = 2
     metric = "image_to_text_recall@1"
 
     def items(self, path: str, images: Path | None = None) -> Iterator[Item]:
@@ -149,7 +152,8 @@ class Classify(FeatureTask):
         self.names = class_names({item.answers[0] for item in self.items(path, images)}, self.classes)
 
     def settings(self) -> dict[str, Any]:
-        return {"classes": self.classes, "templates": list(self._templates)}
+        names = _digest(json.dumps(list(self.names.items()))).hex()
+        return {"classes": self.classes, "names": names, "templates": list(self._templates)}
 
     def texts(self, answers: Sequence[tuple[str, ...]]) -> list[str]:
         return [template.replace("{}", name) for name in self.names.values() for template in self._templates]
@@ -179,8 +183,11 @@ def _class_folders(folder: Path) -> Iterator[Item]:
 
 
 def class_names(labels: set[str], given: str | None) -> dict[str, str]:
-    """By label, in order, what it is called: see `Classify`. Raises `DataError` where one has no name."""
-    numbers = all(label.isdigit() for label in labels)
+    """By label, in order, what it is called: see `Classify`. Raises `DataError` where one has no name.
+
+    Where names have labels or numbers of their own, those that are not among `labels` are classes too.
+    """
+    numbers = all(label.isdecimal() for label in labels)
     ordered = sorted(labels, key=int if numbers else str)
     if given is None:
         return {label: label.replace("_", " ") for label in ordered}
@@ -193,7 +200,8 @@ def class_names(labels: set[str], given: str | None) -> dict[str, str]:
     if all("\t" in line for line in lines):
         names = {label: name for label, _, name in (line.partition("\t") for line in lines)}
     elif numbers:
-        names = {str(number): line for number, line in enumerate(lines)}
+        spelt = {int(label): label for label in labels}  # as folders may have it: 007
+        names = {spelt.get(number, str(number)): line for number, line in enumerate(lines)}
     elif len(lines) == len(ordered):
         names = dict(zip(ordered, lines, strict=True))
     else:
@@ -243,16 +251,22 @@ def run_features(
     batch: int = 8,
     progress: Progress = lambda what, count: None,
 ) -> Result:
-    """One task from its first picture without features to its numbers. `system` is one that `Encodes`."""
+    """One task from its first picture without features to its numbers. `system` is one that `Encodes`.
+
+    Raises:
+        ConfigError: `out` holds what was computed with other settings, or of other pictures or texts.
+        DataError: a file or a picture cannot be read.
+    """
+    task.open(path, images)
     asked = {
         **about,
         "task": task.name,
         "task_version": task.version,
         "files": path,
+        "images": images and str(images),
         "precision": precision,
         **task.settings(),
     }
-    task.open(path, images)
     prepared(out, path)
     pictures, texts = (out / f"{task.name}.{what}.f32" for what in ("pictures", "texts"))
     claim(out / f"{task.name}.json", asked, pictures.exists())
@@ -260,8 +274,10 @@ def run_features(
     encoder = cast(Encodes, system)
     device = next(system.parameters()).device
 
-    def encode_pictures(media: list[Media]) -> Tensor:
-        return system.within(encoder.encode_pictures, pixels_of(media, layout).to(device))
+    def encode_pictures(some: list[Item]) -> Tensor:
+        names = [f"{path}: item {item.id} of {task.name}" for item in some]
+        pixels = pixels_of([item.media[0] for item in some], layout, names)
+        return system.within(encoder.encode_pictures, pixels.to(device))
 
     def encode_texts(some: list[str]) -> Tensor:
         return system.within(encoder.encode_texts, some)
@@ -269,20 +285,22 @@ def run_features(
     ids: list[str] = []
     answers: list[tuple[str, ...]] = []
 
-    def media() -> Iterator[list[Media]]:
+    def items() -> Iterator[list[Item]]:
         for some in chunks(islice(task.items(path, images), limit), batch):
             ids.extend(item.id for item in some)
             answers.extend(item.answers for item in some)
-            yield [item.media[0] for item in some]
+            yield some
+
+    def counted(what: str) -> Callable[[int], None]:
+        return lambda count: progress(f"{task.name}: {what}", count)
 
     with autocast(system, precision):
         width = encode_texts(["a"]).shape[1]
-        image = kept(pictures, width, media(), encode_pictures, lambda n: progress(f"{task.name}: pictures", n))
+        image = kept(pictures, width, items(), _picture_key, encode_pictures, counted("pictures"))
         if not len(image):
             raise DataError(f"{path}: no pictures for {task.name} in it")
         asked_of = task.texts(answers)
-        batches = chunks(asked_of, batch)
-        text = kept(texts, width, batches, encode_texts, lambda n: progress(f"{task.name}: texts", n))
+        text = kept(texts, width, chunks(asked_of, batch), str, encode_texts, counted("texts"))
     metrics, candidates, names = task.score(image, text, answers)
     with atomic(out / f"{task.name}.items.jsonl") as file:
         for id, own, some in zip(ids, answers, most_similar(image, candidates), strict=True):
@@ -301,31 +319,64 @@ def run_features(
     return result
 
 
-def pixels_of(media: Sequence[Media], layout: Layout) -> Tensor:
-    """[n, 3, S, S] of pictures, as the model sees them in evaluation. Raises `DataError` where one cannot be read."""
-    if other := next((one.kind for one in media if one.kind != "image"), None):
-        raise DataError(f"a medium of the kind {other}; features are compared of pictures alone")
-    segments = [make_segment((one,), layout, f"picture {n}", LIMITS, closed=False) for n, one in enumerate(media)]
-    pack = join_segments([(f"picture {n}", "", segment) for n, segment in enumerate(segments)])
+def pixels_of(media: Sequence[Media], layout: Layout, names: Sequence[str]) -> Tensor:
+    """[n, 3, S, S] of pictures, as the model sees them in evaluation. Raises `DataError` where one cannot be read, by
+    its name."""
+    for one, name in zip(media, names, strict=True):
+        if one.kind != "image":
+            raise DataError(f"{name}: its medium is of the kind {one.kind}; features are compared of pictures alone")
+    segments = [
+        make_segment((one,), layout, name, LIMITS, closed=False) for one, name in zip(media, names, strict=True)
+    ]
+    pack = join_segments([(name, "", segment) for name, segment in zip(names, segments, strict=True)])
     return collate([pack], layout, row_length=None).media["image"].stacked()
 
 
 def kept(
-    file: Path, width: int, batches: Iterator[list[T]], encode: Callable[[list[T]], Tensor], done: Callable[[int], None]
+    file: Path,
+    width: int,
+    batches: Iterator[list[T]],
+    key: Callable[[T], str],
+    encode: Callable[[list[T]], Tensor],
+    done: Callable[[int], None],
 ) -> Tensor:
     """float32 [n, width]: features of all that is in the batches. Those that the file has are not computed again, and
-    those that it lacks are put behind them."""
+    those that it lacks are put behind them. What a row is of says a digest of its `key`, in the file `….keys`.
+
+    Raises `ConfigError` where a row is of something else.
+    """
     number = 0
-    with open(file, "ab") as rows:
-        known = rows.tell() // (4 * width)
+    with open(file, "ab") as rows, open(file.with_suffix(".keys"), "a+b") as keys:
+        known = min(rows.tell() // (4 * width), keys.tell() // KEY)
         rows.truncate(4 * width * known)
+        keys.truncate(KEY * known)
+        keys.seek(0)
+        before = keys.read()
         for some in batches:
+            own = [_digest(key(one)) for one in some]
+            for n, (one, now) in enumerate(zip(some, own, strict=True), start=number):
+                if n < known and before[KEY * n : KEY * (n + 1)] != now:
+                    raise ConfigError(
+                        f"{file}: its row {n + 1} is not of {shortened(key(one))}: what is evaluated has changed; "
+                        "choose another --out"
+                    )
             if new := some[max(0, known - number) :]:
                 rows.write(encode(new).float().cpu().numpy().astype("<f4").tobytes())
                 rows.flush()
+                keys.write(b"".join(own[-len(new) :]))
+                keys.flush()
             number += len(some)
             done(number)
     return torch.from_numpy(np.fromfile(file, "<f4").reshape(-1, width)[:number])
+
+
+def _picture_key(item: Item) -> str:
+    """Its id and how many bytes it has: these are known without reading it."""
+    return f"{item.id} ({item.media[0].size:,} bytes)"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=KEY).digest()
 
 
 def most_similar(image: Tensor, candidates: Tensor, chunk: int = 1024) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """Connectors: encoder features to embeddings in the language model's width.
 
-A connector is two halves: `pool` has no weights, so what it gives can be computed once for a frozen tower and kept;
-calling the connector on that runs what is trained.
+One that takes a grid is two halves: `pool` has no weights, so what it gives can be computed once for a frozen tower and
+kept; calling the connector on that runs what is trained. Others are called on the tower's features as they are.
 """
 
 import math
@@ -50,10 +50,6 @@ class MLP(nn.Module):
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
-
-    def pool(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Each feature [..., D] has a position: nothing is pooled."""
-        return features
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., D] to [..., D_out]."""

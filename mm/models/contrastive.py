@@ -1,7 +1,7 @@
 """Pictures and texts in one space: the losses that bring pairs together, and what is measured of the space.
 
-The losses are open_clip's, called as with one process on the features of all pairs of a step, which the trainer has
-gathered (`PooledSystem`). So nothing here knows of ranks or micro-batches.
+The losses are those of open_clip's `ClipLoss` and `SigLipLoss`, from the features of all pairs of a step, which the
+trainer has gathered (`PooledSystem`). So nothing here knows of ranks or micro-batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +9,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 CHUNK = 1024  # queries that are compared with all candidates at a time
 
 
 def contrastive_sum(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, loss: Literal["clip", "siglip"]
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    loss: Literal["clip", "siglip"],
+    own: slice = slice(None),
 ) -> Tensor:
     """[]: the loss of n pairs, summed over them. `clip` (2103.00020) is the mean of the cross-entropies of a picture
     among all texts and of a text among all pictures; `siglip` (2303.15343) is over all n * n combinations.
@@ -25,11 +29,20 @@ def contrastive_sum(
         image, text: [n, D], of length 1; a picture's partner has the same number.
         scale: what similarities are multiplied by, [], or [n] equal ones as the step gathers them.
         bias: added to them, alike; `siglip` needs it.
+        own: what these pairs contribute, with `siglip` their pictures, compared with all: what open_clip's `local_loss`
+            works out on a rank.
     """
-    if not len(image):  # zero, in reach of all that may need a gradient
+    pairs = torch.arange(len(image), device=image.device)[own]
+    if not len(pairs):  # zero, in reach of all that may need a gradient
         return 0.0 * torch.stack([one.sum() for one in (image, text, scale, bias) if one is not None]).sum()
     scale, bias = scale.mean(), None if bias is None else bias.mean()
-    return len(image) * (ClipLoss() if loss == "clip" else SigLipLoss())(image, text, scale, bias)
+    logits = scale * image[own] @ text.T
+    if loss == "siglip":
+        assert bias is not None
+        is_pair = pairs[:, None] == torch.arange(len(text), device=text.device)
+        return -F.logsigmoid((logits + bias) * torch.where(is_pair, 1, -1)).sum()
+    back = scale * text[own] @ image.T
+    return (F.cross_entropy(logits, pairs, reduction="sum") + F.cross_entropy(back, pairs, reduction="sum")) / 2
 
 
 def recalls(
@@ -42,8 +55,11 @@ def recalls(
         image: [N, D]; text: [M, D]; of length 1.
         groups: int64 [M], the picture of each text; by default text i is that of picture i. Every picture has a text.
 
-    Where similarities are equal, a query counts with its chance over all orders of the equal ones.
+    Where similarities are equal, a query counts with its chance over all orders of the equal ones. Of nothing there are
+    no recalls.
     """
+    if not len(image):
+        return {}
     owner = torch.arange(len(text), device=text.device) if groups is None else groups.to(text.device)
     pictures = torch.arange(len(image), device=image.device)
     return {

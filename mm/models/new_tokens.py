@@ -21,7 +21,7 @@ class NewTokens(nn.Module):
 
     def __init__(self, language: Any, first: int, tokens: int) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.tokens = first, tokens
         embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
         rows = slice(first, first + tokens)
         self.embedding = nn.Parameter(embedding.weight[rows].detach().clone())
@@ -34,13 +34,13 @@ class NewTokens(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         """Ids, int64 […], to embeddings […, D]; hidden states […, D] to logits […, tokens]."""
         if not given.is_floating_point():
-            return F.embedding((given - self.first).clamp(0, len(self.embedding) - 1), self.embedding)
+            return F.embedding((given - self.first).clamp(0, self.tokens - 1), self.embedding)
         return F.linear(given, self.embedding if self.head is None else self.head)
 
 
 def _read(new: NewTokens, embedding: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
     (ids,) = args
-    own = (ids >= new.first) & (ids < new.first + len(new.embedding))
+    own = (ids >= new.first) & (ids < new.first + new.tokens)
     return torch.where(own[..., None], new(ids).to(out.dtype), out)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.models.gated import MediaSeen
 
 T = TypeVar("T")
+ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,12 @@ class PooledSystem(System):
     those of the whole split.
     """
 
-    def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums of losses by objective, from the features of all items, in float32: a pure function, no parameters."""
+    def pooled_losses(self, features: dict[str, Tensor], own: slice = ALL) -> dict[str, Tensor]:
+        """Sums of losses by objective, from the features of all items, in float32: a pure function, no parameters.
+
+        `own`: only what these items contribute. Over items that are split in any way it adds up to the whole: each rank
+        works out its own, and evaluation some at a time.
+        """
         raise NotImplementedError
 
     def pooled_scores(self, features: dict[str, Tensor]) -> dict[str, float]:

@@ -61,11 +61,7 @@ class VisionTower(nn.Module):
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"model.vision.name {config.name}: cannot be built: {reason}") from None
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.featurizer.modules()):
-            raise ConfigError(
-                f"model.vision.name {config.name}: its batch normalisation would make a picture depend on the "
-                "others of its micro-batch; choose a tower with layer normalisation, such as timm/convnext_tiny"
-            )
+        refuse_batch_norm(self.featurizer, f"model.vision.name {config.name}")
         blocks = _blocks(self.featurizer)
         if not blocks or not hasattr(self.featurizer, "forward_intermediates"):
             raise ConfigError(f"model.vision.name {config.name}: it gives no features of its blocks")
@@ -188,6 +184,15 @@ class VisionTower(nn.Module):
             hidden = block(hidden, attn_mask=runs)
         features = dict(zip(order, hidden[0].split(lengths), strict=True))
         return torch.cat([features[number][prefix:] for number in range(len(grids))])
+
+
+def refuse_batch_norm(tower: nn.Module, where: str) -> None:
+    """Raise `ConfigError` for a tower whose features of a picture depend on other pictures. `where`: the setting."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in tower.modules()):
+        raise ConfigError(
+            f"{where}: its batch normalisation would make a picture depend on the others of its micro-batch; choose a "
+            "tower with layer normalisation, such as timm/convnext_tiny"
+        )
 
 
 def _from_timm(config: VisionConfig, weights: bool) -> nn.Module:

@@ -113,9 +113,12 @@ def _seconds(layout: Layout, frames: float) -> float:
 
 def _not_counted(config: Run, packs: Packs) -> list[str]:
     """What a step does beside all that is counted here."""
+    left = []
     if packs.codebooks and not config.data.codes:
-        return ["the teacher that gives codes, its FLOPs and memory; with data.codes=true it does not run"]
-    return []
+        left.append("the teacher that gives codes, its FLOPs and memory; with data.codes=true it does not run")
+    if config.model.kind in ("clip", "cosmo"):
+        left.append("similarities of the pairs of other micro-batches and ranks; a rank has its own pairs times all")
+    return left
 
 
 def usable(gib: int) -> float:

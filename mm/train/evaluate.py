@@ -1,7 +1,8 @@
 """What was learned, measured on held-out data.
 
-- of a system that writes no text: the mean of each of its objectives, and of its metrics; those over all items of a
-  step are over all items of the split here (a contrastive loss is higher, the more there are), with their recalls;
+- of a system that writes no text: the mean of each of its objectives, and of its metrics;
+- of objectives over all items of a step: the loss over all items of the split (a contrastive one is higher, the more
+  there are), with recalls;
 - of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
 - caption loss: nats per learned token of text, against the unigram baseline and the same model with pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
@@ -34,6 +35,8 @@ from mm.train.engines.single import SingleEngine
 from mm.train.step import gather_items
 
 UNIGRAM_PACKS = 2000
+POOLED = 1024
+"""Items of a split whose part of a pooled loss is worked out at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,10 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
     metrics = {name: total / weighed[name] for name, total in metrics.items() if weighed[name]}
     if isinstance(system, PooledSystem):
         features, _ = gather_items(world, {name: torch.cat(values) for name, values in pooled.items()})
-        losses |= {name: float(value) for name, value in system.pooled_losses(features).items()}
+        items = len(next(iter(features.values())))
+        for start in range(0, max(items, 1), POOLED):  # what all items give at once may be large
+            part = system.pooled_losses(features, slice(start, start + POOLED))
+            losses |= {name: losses[name] + float(value) for name, value in part.items()}
         metrics |= system.pooled_scores({name: value.cpu() for name, value in features.items()})
     losses = {name: total / counts[name] for name, total in losses.items() if counts[name]}
     everyone = [one for rank in world.gather(seen) for one in rank]
@@ -184,7 +190,7 @@ def captioned_pictures(dataset: PackedDataset, layout: Layout, seed: int) -> dic
         for one in pack.media:
             media[one.segment].append(one)
         for index, segment in enumerate(pack.segments):
-            if len(media[index]) != 1:
+            if len(media[index]) != 1 or media[index][0].kind != "image":
                 continue
             (one,) = media[index]
             around = layout.span(one.kind, one.position, one.length)
@@ -389,11 +395,13 @@ def final_evaluation(
         found = means(engine, layout, batches())
         engine.system.train()
         return {"test_loss": found.loss, **{f"test_{name}": v for name, v in {**found.losses, **found.metrics}.items()}}
-    loss = caption_loss(engine, layout, batches())
     together: dict[str, float] = {}
     if isinstance(engine.system, PooledSystem):
         found = means(engine, layout, batches())
         together = {f"test_{name}": value for name, value in {**found.losses, **found.metrics}.items()}
+        loss = found.losses.get("next_token", 0.0)
+    else:
+        loss = caption_loss(engine, layout, batches())
     result: dict[str, Any] = {
         **together,
         "unigram_loss": unigram_loss(train, test, len(layout.tokenizer)),
@@ -403,7 +411,7 @@ def final_evaluation(
         engine.system.train()
         return {"test_loss": loss, "perplexity": math.exp(loss), **result}
     result |= {"caption_loss": loss, "shuffled_loss": caption_loss(engine, layout, batches(), shuffled=True)}
-    if candidates:
+    if candidates and "image" in layout.media():
         groups = list(blocks(captioned_pictures(test, layout, seed), candidates))
         if not groups:
             raise DataError(

@@ -232,14 +232,15 @@ class Stepper:
         everyone, by_rank = gather_items(self.world, together)
         for value in everyone.values():
             value.requires_grad_()
-        losses = system.pooled_losses(everyone)
-        weighted = [system.weights[name] * loss / max(totals.losses[name], 1) for name, loss in losses.items()]
-        # Every rank works out all of it, and takes its own items' part.
-        gradients = torch.autograd.grad(torch.stack(weighted).sum(), list(everyone.values()))
+        # A rank works out what its own items contribute, whose gradients reach those of all ranks.
         first = sum(by_rank[: self.world.rank])
-        split = [grad[first : first + sum(items)].split(items) for grad in gradients]
+        own = slice(first, first + sum(items))
+        losses = system.pooled_losses(everyone, own)
+        weighted = [system.weights[name] * loss / max(totals.losses[name], 1) for name, loss in losses.items()]
+        gradients = torch.autograd.grad(torch.stack(weighted).sum(), list(everyone.values()))
+        split = [self.world.sum_tensor(grad)[own].split(items) for grad in gradients]
         by_batch = [{name: split[n][i] for n, name in enumerate(everyone)} for i in range(len(items))]
-        return _Pooled(by_batch, {name: loss.detach() for name, loss in losses.items()})
+        return _Pooled(by_batch, {name: self.world.sum_tensor(loss.detach()) for name, loss in losses.items()})
 
     def _moved(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches on the device, each copied while the one before it is at work."""

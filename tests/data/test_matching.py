@@ -132,6 +132,15 @@ def test_pictures_are_followed_by_the_text_most_like_them(read: Callable[..., An
     assert none == [] and text == [], "left out, and counted so"
 
 
+def test_pictures_without_a_score_are_left_out(read: Callable[..., Any], pictures: list[bytes]) -> None:
+    """Documents may have no `score`: they are filtered, not bad; without `match` it is not missed."""
+    document = obelics(["One.", pictures[0], "Two."], None)
+    bare = {name: value for name, value in document.items() if name != "score"}
+    assert read(document, bare, match={}) == [[], []]
+    ((sample,),) = read(bare)
+    assert said(sample.parts) == ["One.", pictures[0], "Two."] and sample.left_out == 0
+
+
 def test_noise_chooses_among_texts_of_like_scores(read: Callable[..., Any], pictures: list[bytes]) -> None:
     document = obelics(["One.", pictures[0], "Two."], [["t0_i1", 0.5], ["t2_i1", 0.5]])
     found = [tuple(said(sample.parts)) for (sample,) in read(*[document] * 20, match={"noise": 0.02, "clip": 0.04})]
@@ -151,7 +160,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_list": ["a"], "image_info": [P], "similarity_matrix": [["x"]]}, "not laid out"),
     ({"text_list": ["a"], "image_info": [P], "similarity_matrix": {"a": 1}}, "not laid out"),
     ({"text_list": ["a"], "image_info": 5, "similarity_matrix": [[1]]}, "not laid out"),
-    ({"texts": ["a", None], "images": [None, "x"]}, "KeyError: 'score'"),
     ({"texts": ["a", None], "images": [None, "x"], "score": {}}, "score is a dict, expected a list"),
     ({"texts": ["a", None], "images": [None, "x"], "score": "[["}, "not laid out"),
     ({"texts": ["a", None], "images": [None, "x"], "score": "[" * 100_000}, "not laid out"),

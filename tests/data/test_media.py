@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from multiprocessing import shared_memory
 from typing import Any
@@ -132,6 +133,38 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+MIDDLE = ImageTransform(48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), middle=True)
+
+
+@pytest.mark.parametrize("size", [(41, 410), (410, 41), (41, 411), (411, 41), (7, 2000)])
+def test_the_middle_square_is_torchvisions(size: tuple[int, int]) -> None:
+    """To the last bit; nearly so in pictures more than ten times as long as wide, of which the rest is not resized."""
+    image = photo(size)
+    chain = transforms.Compose(
+        [
+            transforms.Resize(48, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(48),
+            transforms.PILToTensor(),
+        ]
+    )
+    expected = chain(image).numpy().astype(int)
+    found = levels(saved(image, "PNG"), MIDDLE, "exact")
+    if max(size) <= 10 * min(size):
+        assert np.array_equal(found, expected)
+    else:
+        assert np.abs(found - expected).mean() < 1
+    for data in (saved(image, "PNG"), saved(image, "JPEG", quality=100, subsampling=0)):
+        assert np.abs(levels(data, MIDDLE, "fast") - expected).mean() < 4
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_very_long_picture_takes_no_memory_of_its_length(decoder: Decoder) -> None:
+    """Resized as a whole it would be 450 GB."""
+    picture = saved(Image.new("RGB", (3_000_000, 1), (10, 200, 90)), "PNG")
+    found = levels(picture, replace(MIDDLE, size=224), decoder)
+    assert np.array_equal(found, np.broadcast_to(np.array([10, 200, 90])[:, None, None], (3, 224, 224)))
 
 
 class Counting(io.BytesIO):

@@ -14,7 +14,7 @@ from mm.data.interleaved import InterleavedConfig
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import PackedDataset, PackedSegment
-from mm.data.sample import Media, Sample, Window, keyed_rng
+from mm.data.sample import Media, Sample, Special, Text, Window, keyed_rng
 from mm.data.takedown import take_down
 from mm.data.tokens import DoesNotFit, SegmentMedia, Unit, join_units, learned_after_media, read_units, window_of
 from mm.errors import DataError
@@ -163,6 +163,21 @@ def test_what_is_learned_behind_media(
     path = write_shard(tmp_path / "none.tar", {"k": {"json": {"texts": ["A."]}}})
     assert samples_in(path, {"kind": "interleaved", "learn": "after_media"}) == [[]]
     assert samples_in(path, {"kind": "interleaved", "window": {}}) == [[]]
+
+
+def test_begin_of_text_behind_media_ends_no_learning(make_layout: Callable[..., Layout], picture: Any) -> None:
+    """Of a prefix what follows begin of text is learned; windows that do not show its place have none."""
+    prefix = make_layout(tokens=1, after_media="", bos_behind_media=True)
+    image, end = Media("image", picture(), "png"), Special(END, True)
+    parts = (image, image, Text("A."), end, image, Text("B."), end)
+    units = read_units(parts, prefix, "x", LIMITS)
+    assert shown(learned_after_media(units), prefix) == f"II<s>[A.{END}]I[B.{END}]<|im_end|>"
+    seen = {shown(learned_after_media(window_of(units, Window(5, 1, 0), keyed_rng(n), "x")), prefix) for n in range(50)}
+    assert seen == {"I", f"I<s>[A.{END}]", f"I[B.{END}]<|im_end|>"}
+    before = (Text("A."), end, image, Text("B."), end)
+    assert shown(learned_after_media(read_units(before, prefix, "x", LIMITS)), prefix) == (
+        f"<s>A.{END}I[B.{END}]<|im_end|>"
+    )
 
 
 @pytest.fixture

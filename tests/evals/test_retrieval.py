@@ -15,7 +15,7 @@ import tiny_cosmo
 import torch
 import yaml
 from benchmark_samples import captions, emoji
-from pairs_run import MODEL, write_pairs
+from pairs_run import MODEL, png, write_pairs
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def alone(model: Model, pictures: list[Media], texts: list[str]) -> tuple[Tensor
     system, layout = model
     assert isinstance(system, Encodes)
     with torch.no_grad():
-        image = [system.encode_pictures(pixels_of([one], layout))[0] for one in pictures]
+        image = [system.encode_pictures(pixels_of([one], layout, ["a picture"]))[0] for one in pictures]
         return torch.stack(image), torch.stack([system.encode_texts([one])[0] for one in texts])
 
 
@@ -170,6 +170,59 @@ def test_a_stopped_run_goes_on_and_a_larger_one_adds_to_it(tmp_path: Path) -> No
         run(model, Source(Classify(), str(class_folders(tmp_path / "set"))), tmp_path / "set/out")
 
 
+def test_features_of_what_has_changed_are_not_taken(tmp_path: Path) -> None:
+    """The same paths with other pictures or captions, in the same number."""
+    model, file = clip(), captions(tmp_path, 4)
+    source, out, plain = Source(Retrieval(), str(file)), tmp_path / "out", file.read_text()
+    first = run(model, source, out)
+    known = {one.name: one.read_bytes() for one in out.glob("*.f32")}
+    shuffled = json.loads(plain)
+    shuffled["annotations"] = shuffled["annotations"][2:] + shuffled["annotations"][:2]
+    reworded = plain.replace(f"the {emoji()[2].name}, drawn small", "another")
+    for text, row in ((json.dumps(shuffled), "pictures.f32: its row 1 "), (reworded, "texts.f32: its row 6 ")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"{row}is not of .*choose another --out"):
+            run(model, source, out)
+    file.write_text(plain)
+    picture = tmp_path / "val2017" / f"{3:012d}.jpg"
+    before = picture.read_bytes()
+    picture.write_bytes(emoji()[9].encoded("PNG"))
+    with pytest.raises(ConfigError, match=r"pictures\.f32: its row 4 is not of"):
+        run(model, source, out)
+    picture.write_bytes(before)
+    assert run(model, source, out)["metrics"] == first["metrics"]
+    assert known == {one.name: one.read_bytes() for one in out.glob("*.f32")}
+    elsewhere = Source(Retrieval(), str(file), tmp_path / "val2017")
+    with pytest.raises(ConfigError, match="holds results with images None"):
+        run(model, elsewhere, out)
+
+
+def test_rows_that_do_not_say_what_they_are_of_are_computed_again(tmp_path: Path) -> None:
+    model, source, out = clip(), Source(Retrieval(), str(captions(tmp_path, 4))), tmp_path / "out"
+    first = run(model, source, out)
+    (out / "retrieval.pictures.f32").write_bytes(bytes(4 * 16 * 4))
+    keys = out / "retrieval.pictures.keys"
+    keys.write_bytes(keys.read_bytes()[:7])
+    assert run(model, source, out)["metrics"] == first["metrics"]
+
+
+def test_other_names_of_classes_are_other_settings(tmp_path: Path) -> None:
+    model, folder, names = clip(), class_folders(tmp_path / "set", 3), tmp_path / "names.txt"
+    names.write_text("a fox\na hat\na tree\n")
+    source = Source(Classify(str(names)), str(folder))
+    run(model, source, tmp_path / "out")
+    names.write_text("a fox\na tree\na hat\n")
+    with pytest.raises(ConfigError, match=r"holds results with names .*choose another --out"):
+        run(model, source, tmp_path / "out")
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "set", 3)
+    (folder / "class_1" / "0.PNG").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=f"{folder}: item class_1/0.PNG of classify"):
+        run(clip(), Source(Classify(), str(folder)), tmp_path / "out")
+
+
 def test_karpathys_test_split(tmp_path: Path) -> None:
     (tmp_path / "val2014").mkdir()
     images = []
@@ -195,6 +248,23 @@ def test_a_picture_with_captions_in_several_languages_is_one(tmp_path: Path) -> 
     assert all(item.answers[0].startswith("en: ") and item.answers[1].startswith("de: ") for item in items)
     named = [item for _, item in zip(range(4), Classify().items(str(file)), strict=False)]
     assert {item.answers[0] for item in named[::2]} == {item.answers[0].removeprefix("en: ") for item in items[:2]}
+
+
+def test_captions_that_are_samples_of_their_own_are_of_one_picture(tmp_path: Path) -> None:
+    """Also where keys of other pictures look like pieces of one."""
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for key, said in (("a", ["x", "y"]), ("b#0", ["z"]), ("b#1", ["v", "w"])):
+            for ext, data in (("png", png(len(key))), ("json", json.dumps({"captions": said}).encode())):
+                entry = tarfile.TarInfo(f"{key}.{ext}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    file = tmp_path / "pairs.yaml"
+    answers = {}
+    for which in ("all", "draw"):
+        file.write_text(f"kind: captions\nname: s\npath: {tmp_path}/pairs.tar\ncaptions: {which}\n")
+        answers[which] = [(item.id, item.answers) for item in Retrieval().items(str(file))]
+    assert answers["all"] == [("s/pairs/a", ("x", "y")), ("s/pairs/b#0", ("z",)), ("s/pairs/b#1", ("v", "w"))]
+    assert answers["all"] == answers["draw"]
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
@@ -224,6 +294,8 @@ def test_names_of_classes(tmp_path: Path) -> None:
     assert class_names({"red_fox", "10"}, None) == {"10": "10", "red_fox": "red fox"}
     assert list(class_names({"10", "9"}, None)) == ["9", "10"]
     assert named({"0", "2"}, "a\nb\nc\n") == {"0": "a", "1": "b", "2": "c"}
+    assert named({"000", "002"}, "a\nb\nc\n") == {"000": "a", "1": "b", "002": "c"}
+    assert class_names({f"{n:03d}" for n in range(1000)}, "imagenet")["007"] == open_clip.IMAGENET_CLASSNAMES[7]
     assert named({"n02", "n01"}, "a\nb\n") == {"n01": "a", "n02": "b"}
     assert named({"n02"}, "n01\ta cat\nn02\ta dog\n") == {"n01": "a cat", "n02": "a dog"}
     assert class_names({"0", "999"}, "imagenet")["999"] == open_clip.IMAGENET_CLASSNAMES[999]

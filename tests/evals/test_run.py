@@ -150,6 +150,12 @@ def test_results_of_something_else_are_not_mixed_in(model: Model, tmp_path: Path
     for settings in (Settings("chat"), Settings(shots=1), Settings(scoring="likelihood"), Settings(seed=1)):
         with pytest.raises(ConfigError, match="choose another --out"):
             run(model, "vqa", path, out, settings)
+    for source in (
+        Source(TASKS["vqa"](), str(path), tmp_path),
+        Source(TASKS["vqa"](), str(path), None, None, tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=r"images None.*choose another --out"):
+            run_task(*model, source, Settings(), out, {})
     system = model[0]
     before = weights_digest(system)
     with torch.no_grad():

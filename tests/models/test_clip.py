@@ -12,6 +12,7 @@ import torch
 from pairs_run import CAPTIONS, MODEL, SIGLIP, caption, png
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
@@ -28,6 +29,7 @@ from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import make_segment
 from mm.errors import CheckpointError, ConfigError, DataError
 from mm.models.released import open_clip as released
+from mm.models.released.release import Repository
 from mm.models.systems.clip.config import ClipConfig
 from mm.models.systems.clip.model import Clip, pairs
 
@@ -212,6 +214,53 @@ def test_out_to_open_clip_and_in_again(values: dict[str, Any], tmp_path: Path) -
     assert all(torch.equal(tensor, state[name]) for name, tensor in filled.clip.state_dict().items())
     with pytest.raises(CheckpointError, match="not the weights"):
         ClipConfig.model_validate({**values, "embed_dim": 8, "weights": tmp_path / "epoch_1.pt"}).build()
+
+
+DAMAGED = {
+    "towers": ({"model_cfg": {"embed_dim": 8, "vision_cfg": [], "text_cfg": {}}}, "with embed_dim and two towers"),
+    "pictures": ({"preprocess_cfg": [1]}, "expected an object as its preprocess_cfg"),
+    "mean": ({"preprocess_cfg": {"mean": "grey"}}, "mean: "),
+    "weights": ({}, "damaged, or no safetensors"),
+    "scale": ({"preprocess_cfg": None}, r"shape +logit_scale|logit_scale +found \[2\]"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_folders_are_refused_by_name(what: str, tmp_path: Path) -> None:
+    changes, message = DAMAGED[what]
+    config = ClipConfig.model_validate(MODEL)
+    released.write(config.build(), config, tmp_path)
+    about = json.loads((tmp_path / released.CONFIG).read_text())
+    (tmp_path / released.CONFIG).write_text(json.dumps(about | changes))
+    path = tmp_path / released.WEIGHTS[0]
+    if what == "weights":
+        path.write_bytes(path.read_bytes()[:100])
+    elif what == "scale":
+        save_file({**load_file(path), "logit_scale": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=message):
+        hub.load(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["a/CLIP-small", "a/siglip-small"])
+def test_a_name_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache, as it lies after a download."""
+    place, commit = tmp_path / f"models--{name.replace('/', '--')}", "0" * 40
+    for folder in (place / "refs", place / "snapshots" / commit):
+        folder.mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
+    config = ClipConfig.model_validate(MODEL)
+    released.write(config.build(), config, place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert isinstance(hub.load(name, "cpu")[0], Clip)
+    assert released.found(Repository("a/other")) is None
+
+
+def test_a_damaged_tokenizer_config_is_said(words: str) -> None:
+    text = {"hf_tokenizer_name": words, "context_length": 12}
+    for content in ('["<pad>"', '["<pad>"]'):
+        (Path(words) / "tokenizer_config.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json is damaged"):
+            ClipConfig.model_validate({**MODEL, "text": {**MODEL["text"], **text}}).layout()
 
 
 def test_crops_of_training_lie_in_the_middle_square() -> None:

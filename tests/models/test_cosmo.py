@@ -455,6 +455,13 @@ def test_new_tokens_learn_alone() -> None:
         assert not torch.equal(after["new_tokens.embedding"], before[names["embedding"]][first:])
 
 
+def test_new_tokens_have_to_be_new() -> None:
+    """A tokenizer that has all that is named has no rows to train."""
+    template = {"eos": "<|im_end|>", "pad": "<|endoftext|>"}
+    with pytest.raises(ConfigError, match="train_new_tokens: the tokenizer has all tokens already"):
+        build(visual_token="<|endofchunk|>", template=template, train_new_tokens=True)
+
+
 OPT = {
     "model_type": "opt", "hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32,
     "word_embed_proj_dim": 2048,

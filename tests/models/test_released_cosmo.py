@@ -28,7 +28,7 @@ from mm.data.packed import join_segments
 from mm.data.sample import Text
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import make_segment
-from mm.errors import CheckpointError, ConfigError
+from mm.errors import CheckpointError, ConfigError, DataError
 from mm.hub import export
 from mm.models import released
 from mm.models.gated import PerceiverResampler, TextQuery, insert_gated
@@ -297,7 +297,7 @@ def test_it_is_written_as_it_was_read_after_a_step_too(theirs: Theirs, tmp_path:
             assert parameter.grad is not None or name.startswith("vision."), name
             parameter.sub_(0.0 if parameter.grad is None else 0.1 * parameter.grad)
     (tmp_path / "trained").mkdir()
-    cosmo.write(system, layout, config.model, tmp_path / "trained")
+    cosmo.write(system, config.model, tmp_path / "trained")
     trained, before = saved(tmp_path / "trained"), saved(release)
     assert trained.keys() == before.keys()
     changed = {name for name in trained if not torch.equal(trained[name], before[name])}
@@ -407,6 +407,15 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({"lang_model.gated_cross_attn_layers.0.attn_gate": t["temperature"]}),
         r"before layers 0, 2, 3 of 4",
     ),
+    "a block behind the last layer": (
+        lambda t: [
+            t.update({re.sub(r"(layers|gated_cross_attn_layers)\.\d", r"\1.4", name): t.pop(name)})
+            for name in list(t)
+            if "gated_cross_attn_layer" in name
+        ],
+        r"before layers 4 of 4",
+    ),
+    "a flat latent": (lambda t: t.update({"perceiver.latents": t["temperature"]}), r"latents is \[1\], expected 2 dim"),
     "without a resampler's layers": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith("perceiver.layers")],
         r"there is no perceiver\.layers\.0\.0\.to_q\.weight",
@@ -423,6 +432,44 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "adapters": (lambda t: t.update({"lang_model.base_model.x": t["temperature"]}), r"has adapters"),
 }
+
+
+DAMAGED = {
+    "params null": ({"model_params": None}, r"expected an object as model_params\.multi"),
+    "params a list": ({"model_params": [1]}, r"expected an object as model_params\.multi"),
+    "a part null": ({"model_params": {"vision_encoder": None}}, r"model_params\.vision_encoder"),
+    "no path": ({"model_params": {"lang_model": {"lang_model_path": [1]}}}, "lang_model_path in its config is no path"),
+    "no switch": ({"model_params": {"multimodality_model": {"only_attend_immediate_media": "x"}}}, "immediate: "),
+    "mm": ({"model_params": {}, "mm": 1}, "expected an object as the mm"),
+    "mm of a list": ({"model_params": {}, "mm": {"vision": [1]}}, "vision"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_configs_are_one_line(what: str, folder: Path) -> None:
+    about, message = DAMAGED[what]
+    if what == "no path":
+        shutil.move(folder / NAMES["opt"], folder / "elsewhere")
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=message) as error:
+        mm.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_yaml_that_are_none_are_not_read(folder: Path) -> None:
+    (folder / "a.yaml").write_bytes(b"model_params: \xff\xfe")
+    (folder / "b.yaml").write_text("model_params: {multimodality_model: {only_attend_immediate_media: false}}")
+    assert released.open_release(folder, "cosmo").section()["immediate"] is False
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"\xff", b"[1"])
+def test_damaged_files_of_a_tokenizer_are_said(file: str, content: bytes, tmp_path: Path) -> None:
+    whole = {"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\n", "special_tokens_map.json": b"{}"}
+    for name, text in {**whole, file: content}.items():
+        (tmp_path / name).write_bytes(text)
+    with pytest.raises(DataError, match=f"{file}.* damaged"):
+        Tokenizer.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -501,11 +548,35 @@ def test_runs_begin_from_it_and_train_new_tokens_by_themselves(kept: Path, tmp_p
     with torch.no_grad():
         apart.new_tokens.embedding.add_(1)
     (tmp_path / "out").mkdir()
-    cosmo.write(apart, config.layout(), config, tmp_path / "out")
+    cosmo.write(apart, config, tmp_path / "out")
     written, before = saved(tmp_path / "out"), saved(kept)
     for name in ("lang_model.model.decoder.embed_tokens.weight", "lang_model.lm_head.weight"):
         assert torch.equal(written[name][TOKENS:], rows + 1)
         assert torch.equal(written[name][:TOKENS], before[name][:TOKENS])
+    again: Any = CosmoConfig.model_validate({"released": str(tmp_path / "out"), "train_new_tokens": True}).build()
+    assert_same(state(again.new_tokens), state(apart.new_tokens))
+
+
+def test_a_model_with_other_tokens_than_the_releases_is_read_back(kept: Path, tmp_path: Path) -> None:
+    """Which has no row for the rest of them."""
+    values = CosmoConfig.model_validate({"released": str(kept)}).model_dump(mode="json")
+    values |= {
+        "released": None,
+        "visual_token": "<picture>",
+        "template": {"bos": "</s>", "eos": "</s>", "pad": "<pad>"},
+    }
+    values["language"] = {
+        "config": {**values["language"]["config"], "vocab_size": TOKENS + 2},
+        "tokenizer": str(kept / NAMES["opt"]), "added_tokens": ["<ours>"],
+    }  # fmt: skip
+    config = CosmoConfig.model_validate(values)
+    system = config.build(weights=False)
+    (tmp_path / "out").mkdir()
+    cosmo.write(system, config, tmp_path / "out")
+    again, layout, about = mm.load(tmp_path / "out", "cpu")
+    assert_same(state(again), state(system))
+    assert layout.fingerprint() == config.layout().fingerprint() and about.model.visual_token == "<picture>"
+    assert layout.tokenizer.id("<ours>") == TOKENS and layout.tokenizer.id("<picture>") == TOKENS + 1
 
 
 @pytest.mark.parametrize(
@@ -519,7 +590,7 @@ def test_runs_begin_from_it_and_train_new_tokens_by_themselves(kept: Path, tmp_p
 def test_models_with_other_parts_are_not_written(
     changes: dict[str, Any], message: str, kept: Path, tmp_path: Path
 ) -> None:
-    system, layout, config = mm.load(kept, "cpu")
+    system, _, config = mm.load(kept, "cpu")
     values = config.model.model_dump()
     for section, change in changes.items():
         values[section] |= change
@@ -527,13 +598,13 @@ def test_models_with_other_parts_are_not_written(
         system.language.config = type("Other", (), {"model_type": "qwen2"})()  # type: ignore[union-attr]
     other = CosmoConfig.model_validate({**values, "released": None})
     with pytest.raises(ConfigError, match=f"the cosmo format takes .*{message}"):
-        cosmo.write(system, layout, other, tmp_path)  # type: ignore[arg-type]
+        cosmo.write(system, other, tmp_path)  # type: ignore[arg-type]
 
 
 def test_what_others_have_to_know_of_it_is_said(kept: Path, tmp_path: Path) -> None:
-    system, layout, config = mm.load(kept, "cpu")
+    system, _, config = mm.load(kept, "cpu")
     other = config.model.model_copy(update={"faithful": False, "released": None})
-    note = cosmo.write(system, layout, other, tmp_path)  # type: ignore[arg-type]
+    note = cosmo.write(system, other, tmp_path)  # type: ignore[arg-type]
     assert note is not None and "text tower" in note and "one layer less" in note
     assert not any(name.startswith("vision_encoder.transformer.") for name in saved(tmp_path))
     found = mm.load(tmp_path, "cpu")[2].model

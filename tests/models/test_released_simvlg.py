@@ -391,6 +391,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         add("visual_encoder.blocks.1.temporal_merge.alpha"),
         r"missing +visual_encoder\.blocks\.\S*temporal_merge\.",
     ),
+    "several alphas": (
+        lambda model: model.update({"visual_encoder.blocks.0.temporal_merge.alpha": torch.zeros(2)}),
+        r"shape +visual_encoder\.blocks\.0\.temporal_merge\.alpha +found \[2\]",
+    ),
+    "a flat projection": (add("opt_proj.weight", 4), r"opt_proj\.weight in its `model` is \[4\], expected 2 dim"),
     "both": (add("llm_proj.weight", 4, 4), r"expected either opt_proj or llm_proj"),
 }
 
@@ -430,16 +435,81 @@ def test_what_is_missing_around_it_is_said(folder: Path) -> None:
         mm.load(folder, "cpu")
 
 
-def test_a_language_model_that_was_trained_is_in_the_checkpoint(kept: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["opt", "llm"])
+def test_a_language_model_that_was_trained_is_in_the_checkpoint(family: str, cache: Path, tmp_path: Path) -> None:
+    """Whoever trained it, and whatever the run froze that it comes from: what is left out is what is published."""
+    theirs = Theirs(family)
+    inside = FAMILIES[family].model
+    same = {f"{inside}.{name}": tensor.half().float() for name, tensor in theirs.language.state_dict().items()}
+    if family == "llm":  # with a row for [PAD]
+        same |= {name: torch.cat([t, t.mean(0)[None]]) for name, t in same.items() if len(t) == TOKENS}
+    other = {name: tensor + 1 if "norm" in name else tensor for name, tensor in same.items()}
+    release = write_release(tmp_path / "release", theirs, model={**theirs.model(), **other})
+    assert export(release, tmp_path / "out") is None
+    assert_same(saved(tmp_path / "out"), saved(release))
+    own = state(mm.load(release, "cpu")[0])
+    assert_same(state(mm.load(tmp_path / "out", "cpu")[0]), own)
+
+    freezes = [{"match": "(vision|language).*", "freeze": True}]
+    run = run_of(tmp_path, cache, {"kind": "simvlg", "released": str(release)}, freezes)
+    assert main(["train", str(run)]) == 0
+    assert export(tmp_path / "run", tmp_path / "of a run") is None
+    again = state(mm.load(tmp_path / "of a run", "cpu")[0])
+    assert_same(again, state(mm.load(tmp_path / "run", "cpu")[0]))
+    assert_same(*({n: t for n, t in one.items() if n.startswith("language.")} for one in (again, own)))
+
+    whole = write_release(tmp_path / "whole", theirs, model={**theirs.model(), **same})
+    note = export(whole, tmp_path / "without")
+    assert note is not None and not any(name.startswith(f"{inside}.") for name in saved(tmp_path / "without"))
+    assert_same(state(mm.load(tmp_path / "without", "cpu")[0]), state(mm.load(whole, "cpu")[0]))
+
+
+def test_a_language_model_whose_weights_are_not_to_be_had_is_in_the_checkpoint(kept: Path, tmp_path: Path) -> None:
     system, _, config = mm.load(kept, "cpu")
-    freeze(system, [ParamRule(match=r"vision\..*", freeze=True)])
-    assert lavis.write(system, config.model, tmp_path) is None  # type: ignore[arg-type]
-    assert {name for name in saved(tmp_path) if name.startswith("opt_model.")} == {
-        f"opt_model.{name}"
-        for name in system.language.state_dict()  # type: ignore[operator, union-attr]
-    }
-    with torch.no_grad():
-        assert_same(state(mm.load(tmp_path, "cpu")[0]), state(system))
+    language = Path(shutil.copytree(kept / NAMES["opt"], tmp_path / "language"))
+    (language / "model.safetensors").unlink()
+    model = config.model.model_copy(
+        update={"language": config.model.language.model_copy(update={"name": str(language)}), "released": None}
+    )
+    assert lavis.write(system, model, tmp_path) is None  # type: ignore[arg-type]
+    assert_same(state(mm.load(tmp_path, "cpu")[0]), state(system))
+
+
+@pytest.mark.parametrize("said", ["./vicuna-7b", "../..", "../opt", "a/..", "/nowhere"])
+def test_a_path_is_no_name_on_the_hub(said: str, folder: Path) -> None:
+    (folder.parent / "opt").mkdir()
+    checkpoint = torch.load(folder / "checkpoint_5000.pth", weights_only=True)
+    checkpoint["config"]["model"]["opt_model"] = said
+    torch.save(checkpoint, folder / "checkpoint_5000.pth")
+    found = lavis.checkpoint(folder)
+    assert found is not None and found.section()["language"]["name"] == str(folder / NAMES["opt"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], "expected a dict as its `config`"),
+        ({"model": [1]}, "expected a dict as its `config`"),
+        ({"mm": 1}, "expected a dict as its `config`"),
+        ({"mm": {"vision": 1}}, "vision: "),
+        ({"model": {"tome_r": "many"}}, "tome_r in its config is no number"),
+        ({"model": {"image_size": [16]}}, "image_size in its config is no number"),
+    ],
+)
+def test_damaged_configs_are_one_line(config: Any, message: str, folder: Path) -> None:
+    checkpoint = torch.load(folder / "checkpoint_5000.pth", weights_only=True)
+    torch.save({**checkpoint, "config": config}, folder / "checkpoint_5000.pth")
+    with pytest.raises(CheckpointError, match=message) as error:
+        mm.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["data/clips", "siglip"])
+def test_a_file_is_read_wherever_it_lies(place: str, folder: Path) -> None:
+    """Names with `clip` in them are asked for on the hub."""
+    path = folder.parent / place / "release"
+    shutil.copytree(folder, path)
+    assert_same(*(state(mm.load(one / "checkpoint_5000.pth", "cpu")[0]) for one in (path, folder)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """COSMO in real runs: both objectives fall, frozen parts stay, a run resumes, and two ranks are one."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from ranks import Ranks
 from tiny_cosmo import FROZEN, MODEL
 
 from mm.config import load_config
+from mm.errors import ConfigError
 from mm.train import checkpoint
 from mm.train.estimate import estimate
 from mm.train.features import encode
@@ -150,3 +152,16 @@ def test_two_ranks_are_one(cosmo: Callable[..., Path], ranks: Ranks, tmp_path: P
             assert values == pytest.approx([row[key] for row in found["single"]], rel=1e-4), (name, key)
         held_out = found[name][-1]["validation_loss"]
         assert held_out == pytest.approx(found["single"][-1]["validation_loss"], rel=1e-4), name
+
+
+def test_a_split_without_pairs_is_evaluated(cosmo: Callable[..., Path], tmp_path: Path) -> None:
+    text = json.dumps([{**TEXT, "path": str(tmp_path / "text.txt")}])
+    train(cosmo(evaluation={"every": 2}), ("train.max_steps=2", f"data.validation={text}"))
+    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["validation_loss"] > 0 and not [name for name in last if "recall" in name]
+
+
+def test_sources_of_pairs_that_are_not_there_are_said(cosmo: Callable[..., Path]) -> None:
+    path = cosmo()
+    with pytest.raises(ConfigError, match="emojis is not among the sources of the training set, which are emoji, text"):
+        train(path, ("model.contrastive.sources=[emoji, emojis]",))

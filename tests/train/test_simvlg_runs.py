@@ -1,6 +1,7 @@
 """SimVLG in real runs: pictures and clips in one, tower and language model frozen; resumed, sharded, on features."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,12 +57,13 @@ def simvlg(tmp_path: Path, cache: Path, shard: Path) -> Callable[..., Path]:
         }  # fmt: skip
         clips = {"kind": "video", "name": "clips", "path": str(shard)}
         temporal = model.get("video", {}).get("temporal", "attention") if model.get("video") else None
+        names = [name for name, there in (("emoji", model.get("image", True)), ("clips", temporal)) if there]
         values = {
             "out": str(tmp_path / "run"),
             "data": {
-                "sources": [emoji, clips] if temporal else [emoji],
+                "sources": [one for one in (emoji, clips) if one["name"] in names],
                 "validation": [clips if temporal else emoji],
-                **({"mixture": {"weights": {"emoji": 1, "clips": 1}}} if temporal else {}),
+                **({"mixture": {"weights": dict.fromkeys(names, 1)}} if len(names) > 1 else {}),
                 "context_length": 96, "workers": 0, "cache": str(cache),
             },
             "model": {**MODEL, **model},
@@ -174,3 +176,10 @@ def test_a_run_is_estimated(simvlg: Callable[..., Path]) -> None:
     parts = found["parameters"]
     assert parts.keys() == {"vision", "language", "connector", "temporal"}
     assert parts["temporal"] == {"total": FRAMES * 32, "trained": FRAMES * 32} and parts["vision"]["trained"] == 0
+
+
+def test_clips_alone_are_evaluated_without_pictures(simvlg: Callable[..., Path], shard: Path, tmp_path: Path) -> None:
+    clips = json.dumps([{"kind": "video", "name": "clips", "path": str(shard)}])
+    train(simvlg(**CLIPS, image=False), ("data.validation=[]", f"data.test={clips}", "train.max_steps=1"))
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    assert found["caption_loss"] > 0 and found["shuffled_loss"] > 0 and "match_accuracy" not in found

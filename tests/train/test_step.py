@@ -19,7 +19,7 @@ from mm.data.batch import IGNORE, MODALITIES, PackedBatch, collate
 from mm.data.sample import keyed_seed
 from mm.errors import ConfigError
 from mm.models import backbone
-from mm.models.system import GenerativeSystem, Output, PooledSystem, System
+from mm.models.system import ALL, GenerativeSystem, Output, PooledSystem, System
 from mm.settings import KindSection
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
@@ -122,11 +122,12 @@ class TwoTowers(PooledSystem):
         features = {name: F.normalize(value, dim=-1) for name, value in features.items()}
         return Output({}, counts, features={**features, "scale": self.scale.exp().expand(n)})
 
-    def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = features["scale"][:, None] * features["image"] @ features["text"].T
-        target = torch.arange(len(logits))
-        both = F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits.T, target, reduction="sum")
-        return {"contrastive": both / 2}
+    def pooled_losses(self, features: dict[str, Tensor], own: slice = ALL) -> dict[str, Tensor]:
+        image, text, scale = features["image"], features["text"], features["scale"][:, None]
+        target = torch.arange(len(image))[own]
+        logits = scale[own] * image[own] @ text.T, text[own] @ (scale * image).T
+        both = [F.cross_entropy(one, target, reduction="sum") for one in logits]
+        return {"contrastive": (both[0] + both[1]) / 2}
 
 
 def contrastive_oracle(kind: str, dropout: float = 0.0) -> tuple[float, dict[str, np.ndarray]]:

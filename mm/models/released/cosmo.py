@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import yaml
 
+from mm.data.tokenizer import Tokenizer
 from mm.errors import CheckpointError, ConfigError
 from mm.models.released.release import Repository, fit, read_tensors, weight_files
 from mm.settings import merge
@@ -31,7 +32,6 @@ from mm.settings import merge
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mm.data.layout import Layout
     from mm.models.prompts import Form
     from mm.models.systems.cosmo.config import CosmoConfig
     from mm.models.systems.cosmo.model import Cosmo
@@ -127,14 +127,16 @@ class CosmoFolder:
         family = self._family(tensors)
         language = self._language(tensors, family)
         if "mm" in self.about:
-            return merge(self.about["mm"], {"language": language})
-        params = self.about.get("model_params", {}).get("multimodality_model", {})
+            if not isinstance(self.about["mm"], dict):
+                raise CheckpointError(f"{self.where}: expected an object as the mm of its config.json")
+            return merge({"language": language}, self.about["mm"])
+        params = self._params("multimodality_model")
         if params.get("qv_norm"):
             raise CheckpointError(f"{self.where}: qv_norm is true in its config.json; models with it are not run here")
         blocks, layers = _numbers(tensors, BLOCK), _count(tensors, DECODER)
         if not blocks:
             raise CheckpointError(f"{self.where}: there is no gated block (lang_model.gated_cross_attn_layers.N)")
-        interval = blocks[1] - blocks[0] if len(blocks) > 1 else layers - blocks[0]
+        interval = blocks[1] - blocks[0] if len(blocks) > 1 else max(1, layers - blocks[0])
         if blocks != list(range(blocks[0], layers, interval)):
             raise CheckpointError(
                 f"{self.where}: gated blocks stand before layers {', '.join(map(str, blocks))} of {layers}; expected "
@@ -203,10 +205,21 @@ class CosmoFolder:
         """For errors."""
         return str(self.paths[0]) if len(self.paths) == 1 else self.repository.name
 
-    def _shape(self, tensors: "dict[str, Tensor]", name: str) -> list[int]:
+    def _params(self, part: str) -> dict[str, Any]:
+        """What its config says of a part of the model; nothing where it has none."""
+        params = self.about.get("model_params", {})
+        found = params.get(part, {}) if isinstance(params, dict) else None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.where}: expected an object as model_params.{part} of its config")
+        return found
+
+    def _shape(self, tensors: "dict[str, Tensor]", name: str, dimensions: int = 2) -> list[int]:
         if name not in tensors:
             raise CheckpointError(f"{self.where}: there is no {name}, which every release of COSMO has")
-        return list(tensors[name].shape)
+        shape = list(tensors[name].shape)
+        if len(shape) != dimensions or 0 in shape:
+            raise CheckpointError(f"{self.where}: {name} is {shape}, expected {dimensions} dimensions")
+        return shape
 
     def _family(self, tensors: "dict[str, Tensor]") -> Family:
         if any(name.startswith("lang_model.base_model.") for name in tensors):
@@ -239,7 +252,9 @@ class CosmoFolder:
         for name in (*family.names, ANY_LANGUAGE):
             if (folder := self.repository.inner(name)) is not None:
                 return str(folder)
-        path = self.about.get("model_params", {}).get("lang_model", {}).get("lang_model_path")
+        path = self._params("lang_model").get("lang_model_path")
+        if not isinstance(path, str | None):
+            raise CheckpointError(f"{self.where}: lang_model_path in its config is no path but {path}")
         if path and Path(path).is_dir():
             return str(Path(path).resolve())
         if (width, layers) == family.size:
@@ -252,11 +267,11 @@ class CosmoFolder:
         )
 
     def _vision(self, tensors: "dict[str, Tensor]") -> dict[str, Any]:
-        params = self.about.get("model_params", {}).get("vision_encoder", {})
+        params = self._params("vision_encoder")
         if (encoder := params.get("vision_encoder_name", "clip")) != "clip":
             raise CheckpointError(f"{self.where}: its vision encoder is {encoder}; those of CLIP are read here")
         arch, tag = params.get("vision_encoder_arch", ARCH), params.get("vision_encoder_pretrained", TAG)
-        width, _, patch, _ = self._shape(tensors, "vision_encoder.visual.conv1.weight")
+        width, _, patch, _ = self._shape(tensors, "vision_encoder.visual.conv1.weight", 4)
         side = round((self._shape(tensors, "vision_encoder.visual.positional_embedding")[0] - 1) ** 0.5)
         layers = _count(tensors, re.compile(r"vision_encoder\.visual\.transformer\.resblocks\.(\d+)\."))
         return {
@@ -295,7 +310,7 @@ def found(name: Path | str) -> CosmoFolder | None:
 def _configured(repository: Repository) -> dict[str, Any]:
     """What a YAML file in the folder says, of those that COSMO's runs are started with; nothing where there is none."""
     for path in sorted(repository.folder.glob("*.yaml")) if repository.is_folder else []:
-        with suppress(OSError, yaml.YAMLError):
+        with suppress(OSError, ValueError, yaml.YAMLError):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             if isinstance(values, dict) and "model_params" in values:
                 return values
@@ -330,12 +345,12 @@ def _count(tensors: "dict[str, Tensor]", pattern: re.Pattern[str]) -> int:
     return 1 + max(_numbers(tensors, pattern), default=-1)
 
 
-def write(system: "Cosmo", layout: "Layout", config: "CosmoConfig", out: Path) -> str | None:
+def write(system: "Cosmo", config: "CosmoConfig", out: Path) -> str | None:
     """Write the release into the folder `out`: all names of each tensor, and a config.json as of a run of COSMO's.
 
     Their code builds the language model and its tokenizer from the repositories that config.json names. Here both are
-    described in a folder of that name inside `out`, and what their config has no place for stands in config.json
-    under `mm`, a key that they do not read.
+    described in a folder of that name inside `out`, the tokenizer without the tokens that the model appends, and what
+    their config has no place for stands in config.json under `mm`, a key that they do not read.
 
     Returns:
         What a user of the folder has to know, if anything.
@@ -406,12 +421,15 @@ def write(system: "Cosmo", layout: "Layout", config: "CosmoConfig", out: Path) -
                 "qv_norm": False,
             },
         },
-        "mm": config.model_dump(mode="json", exclude={"released", "language", "train_new_tokens"}),
+        "mm": {
+            **config.model_dump(mode="json", exclude={"released", "language", "train_new_tokens"}),
+            "language": {"added_tokens": config.language.added_tokens},
+        },
     }
     (out / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     folder = out / language
     system.language.config.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(layout.tokenizer.to_json())
+    (folder / "tokenizer.json").write_text(Tokenizer.load(config.language.tokenizer_name).to_json(), encoding="utf-8")
     notes = [] if unused else ["CLIP's text tower, which COSMO keeps and never runs, is not in it"]
     if not config.faithful:
         notes.append(

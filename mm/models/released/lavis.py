@@ -130,7 +130,7 @@ class LavisCheckpoint:
         return {
             "vision": {
                 "name": TOWER,
-                "image_size": int(self.about.get("image_size", 224)),
+                "image_size": self._number("image_size", 224),
                 "block": -1,
                 "class_token": True,
                 "mean": MEAN,
@@ -140,7 +140,7 @@ class LavisCheckpoint:
             "connector": {
                 "kind": "tomeformer",
                 "config": self._bert(),
-                "r": int(self.about.get("tome_r", R)),
+                "r": self._number("tome_r", R),
             },
             "language": {
                 "name": language,
@@ -157,7 +157,7 @@ class LavisCheckpoint:
         family = self._family()
         spelt = released_name(family)
         found = {name: tensor for name, tensor in self.found.items() if not BUFFERS.fullmatch(name)}
-        found |= {name: tensor.reshape(1) for name, tensor in found.items() if name.endswith(".alpha")}
+        found |= {name: tensor[None] for name, tensor in found.items() if name.endswith(".alpha") and tensor.ndim == 0}
         own = system.state_dict()
         # Only a whole part is taken from elsewhere: of one that is there in pieces `fit` says what is missing.
         if not any(name.startswith("visual_encoder.") and ".temporal_merge." not in name for name in found):
@@ -165,7 +165,7 @@ class LavisCheckpoint:
             found |= {f"visual_encoder.{name}": tensor for name, tensor in tower.items()}
         head = found.pop(f"{family.model}.{HEAD}", None) if system.language.config.tie_word_embeddings else None
         if not any(name.startswith(f"{family.model}.") for name in found):
-            language = self._language_weights(system.language)
+            language = published(system.language, system.language.config.name_or_path)
             if head is not None and not (head.shape == language[HEAD].shape and (head == language[HEAD]).all()):
                 raise CheckpointError(
                     f"{self.path}: {family.model}.{HEAD} is that of another language model than "
@@ -182,12 +182,14 @@ class LavisCheckpoint:
         return {name: tensor for name, tensor in fitted.items() if name not in joins}
 
     def kept(self) -> "dict[str, Tensor]":
-        """What is there and has no place in a model here, or only by another name, by its name there."""
-        return {
-            name: tensor
-            for name, tensor in self.found.items()
-            if BUFFERS.fullmatch(name) or name in (f"{family.model}.{HEAD}" for family in FAMILIES.values())
-        }
+        """What is there and has no place in a model here, or only by another name, by its name there: buffers, and the
+        head of a language model of which nothing else is there."""
+        inside = f"{self._family().model}."
+        found = {name: tensor for name, tensor in self.found.items() if BUFFERS.fullmatch(name)}
+        language = [name for name in self.found if name.startswith(inside) and name not in found]
+        if language == [f"{inside}{HEAD}"]:
+            found[language[0]] = self.found[language[0]]
+        return found
 
     def _family(self) -> Family:
         there = [family for family in FAMILIES.values() if f"{family.projection}.weight" in self.found]
@@ -201,7 +203,7 @@ class LavisCheckpoint:
         """A folder (beside the checkpoint, or where its config says), else a name on the hub."""
         width = self._shape(f"{family.projection}.weight")[0]
         said = str(self.about.get(family.model) or "")
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", said)
+        hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", said)  # which leads out of no folder
         known = family.names.get(width)
         for name in (said if hub else None, known, *family.names.values(), ANY_LANGUAGE):
             if name is not None and (folder := self.repository.inner(name)) is not None:
@@ -224,16 +226,6 @@ class LavisCheckpoint:
             return None
         return str(self.repository.inner(family.tokenizer) or family.tokenizer)
 
-    def _language_weights(self, language: Any) -> "dict[str, Tensor]":
-        """Of the published model whose structure the language model has, with as many rows. Raises `ConfigError`."""
-        from mm.models import backbone
-        from mm.models.config import LanguageConfig
-
-        name = language.config.name_or_path
-        rows = language.get_input_embeddings().num_embeddings
-        found: dict[str, Tensor] = backbone.load(LanguageConfig(name=name, new_rows="mean"), rows).state_dict()
-        return found
-
     def _bert(self) -> dict[str, Any]:
         """The connector's structure: a BertConfig, of which the tensors say the sizes."""
         folders = [folder for name in BERT if (folder := self.repository.inner(name)) is not None]
@@ -255,16 +247,31 @@ class LavisCheckpoint:
         }
 
     def _shape(self, name: str) -> list[int]:
+        """Of a matrix."""
         if name not in self.found:
             raise CheckpointError(f"{self.path}: there is no {name} in its `model`, which every SimVLG has")
-        return list(self.found[name].shape)
+        shape = list(self.found[name].shape)
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.path}: {name} in its `model` is {shape}, expected 2 dimensions")
+        return shape
+
+    def _number(self, setting: str, default: int) -> int:
+        """Of its config."""
+        value = self.about.get(setting, default)
+        try:
+            return int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise CheckpointError(f"{self.path}: {setting} in its config is no number but {value!r}") from None
 
     def _tower_options(self) -> dict[str, Any]:
         """Without what LAVIS leaves out, and, of a tower that is another than timm's of that name, its `model_args`."""
         options = {"depth": 39, "use_post_transformer_norm": False}
         inner = self.repository.inner(TOWER)
         if inner is not None and (inner / "config.json").is_file():
-            options |= Repository(str(inner)).json("config.json").get("model_args", {})
+            given = Repository(str(inner)).json("config.json").get("model_args", {})
+            if not isinstance(given, dict):
+                raise CheckpointError(f"{inner}/config.json: expected an object as its model_args")
+            options |= given
         return options
 
     def _tower(self, names: list[str]) -> "dict[str, Tensor]":
@@ -306,11 +313,37 @@ def checkpoint(name: Path | str) -> LavisCheckpoint | None:
     found = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(found, dict) or not any(str(name).startswith("VLconnector.") for name in found):
         return None
-    if odd := [str(name) for name, tensor in found.items() if not isinstance(tensor, torch.Tensor)]:
-        raise CheckpointError(f"{path}: {odd[0]} in its `model` is no tensor")
+    if odd := [name for name, one in found.items() if not (isinstance(name, str) and isinstance(one, torch.Tensor))]:
+        raise CheckpointError(f"{path}: {odd[0]} in its `model` is no tensor by name")
     config = loaded.get("config") or {}
-    about = config.get("model") or {}
-    return LavisCheckpoint(path.resolve(), found, {**about, **({"mm": config["mm"]} if "mm" in config else {})})
+    about = (config.get("model") or {}) if isinstance(config, dict) else None
+    ours = {"mm": config["mm"]} if isinstance(config, dict) and "mm" in config else {}
+    if not (isinstance(about, dict) and all(isinstance(values, dict) for values in ours.values())):
+        raise CheckpointError(f"{path}: expected a dict as its `config`, and in it as `model`")
+    return LavisCheckpoint(path.resolve(), found, {**about, **ours})
+
+
+def published(language: Any, name: str) -> "dict[str, Tensor]":
+    """The weights of a published model whose structure the language model has, with as many rows. Raises
+    `ConfigError`."""
+    from mm.models import backbone
+    from mm.models.config import LanguageConfig
+
+    rows = language.get_input_embeddings().num_embeddings
+    found: dict[str, Tensor] = backbone.load(LanguageConfig(name=name, new_rows="mean"), rows).state_dict()
+    return found
+
+
+def _is_published(language: Any, name: str) -> bool:
+    """Whether reading would find the same weights again; not where the published ones cannot be had."""
+    import torch
+
+    try:
+        theirs = published(language, name)
+    except ConfigError:
+        return False
+    own = language.state_dict()
+    return own.keys() == theirs.keys() and all(torch.equal(own[part].cpu(), theirs[part]) for part in own)
 
 
 def released_name(family: Family) -> Callable[[str], str]:
@@ -367,10 +400,10 @@ def _of_blip2(found: "dict[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def write(system: "SimVLG", config: "SimVLGConfig", out: Path) -> str | None:
-    """Write the checkpoint into the folder `out`, as LAVIS does: without the tower and the language model, unless
-    something of them has `requires_grad`.
+    """Write the checkpoint into the folder `out`, as LAVIS does: without the tower, unless something of it has
+    `requires_grad`, and without the language model where it is the published one, number for number.
 
-    A frozen tower is written beside it as LAVIS' file of it, so that it is there whatever tower it is. What LAVIS'
+    A frozen tower is written beside it as LAVIS' file of it, so that it is there whatever was done to it. What LAVIS'
     config has no place for stands in the checkpoint's `config` under `mm`, a key that LAVIS does not read.
 
     Returns:
@@ -395,16 +428,16 @@ def write(system: "SimVLG", config: "SimVLGConfig", out: Path) -> str | None:
         raise ConfigError(f"the lavis format takes {wrong}")
     family = FAMILIES["opt" if system.language.config.model_type == "opt" else "llm"]
     spelt = released_name(family)
-    trained = {name for name, parameter in system.named_parameters() if parameter.requires_grad}
-    left_out = [part for part in (VISION, LANGUAGE) if not any(name.startswith(part) for name in trained)]
+    language = str(config.language.name)
+    if Path(language).expanduser().is_dir():
+        language = str(Path(language).expanduser().resolve())
+    frozen = not any(parameter.requires_grad for parameter in system.vision.featurizer.parameters())
+    left_out = [VISION] * frozen + [LANGUAGE] * _is_published(system.language, language)
     own = {name: tensor.cpu() for name, tensor in system.state_dict().items()}
     state = {spelt(name): tensor for name, tensor in own.items() if not name.startswith(tuple(left_out))}
     state |= {name: tensor.reshape(()) for name, tensor in state.items() if name.endswith(".alpha")}
     if VISION in left_out:
         torch.save({name.removeprefix(VISION): own[name] for name in own if name.startswith(VISION)}, out / EVA)
-    language = str(config.language.name)
-    if Path(language).expanduser().is_dir():
-        language = str(Path(language).expanduser().resolve())
     about = {
         "arch": f"liptome_{'video_' if video else ''}{'opt' if family is FAMILIES['opt'] else 'vicuna'}",
         "image_size": config.vision.image_size,

@@ -8,13 +8,14 @@ Source: open_clip 3, `push_to_hf_hub.py` and `factory.py`.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mm.data.tokenizer import file_of
 from mm.errors import CheckpointError
-from mm.models.released.release import Repository, fit, read_pickle
+from mm.models.released.release import Repository, fit, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +30,11 @@ POSITIONS = "text.transformer.embeddings.position_ids"
 
 
 def found(repository: Repository) -> "OpenClipFolder | None":
-    """The release that is there, if it is one of open_clip. On the hub only names with `clip` in them are asked."""
-    if not repository.is_folder and "clip" not in repository.name.lower():
+    """The release that is there, if it is one of open_clip. On the hub only names with `clip` or `siglip` in
+    them are asked."""
+    if Path(repository.name).expanduser().is_file():
+        return None
+    if not repository.is_folder and not re.search("clip|siglip", repository.name.lower()):
         return None
     about = repository.optional_json(CONFIG)
     return None if about is None else OpenClipFolder(repository, about)
@@ -49,11 +53,14 @@ class OpenClipFolder:
         return None
 
     def section(self) -> dict[str, Any]:
-        model, pictures = self.about.get("model_cfg"), self.about.get("preprocess_cfg", {})
-        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        model, pictures = self.about.get("model_cfg"), self.about.get("preprocess_cfg") or {}
+        towers = [model.get(part) for part in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
+        if not isinstance(model, dict) or "embed_dim" not in model or not all(isinstance(one, dict) for one in towers):
             raise CheckpointError(
                 f"{self.repository.name}/{CONFIG}: expected a model_cfg with embed_dim and two towers"
             )
+        if not isinstance(pictures, dict):
+            raise CheckpointError(f"{self.repository.name}/{CONFIG}: expected an object as its preprocess_cfg")
         if pictures.get("interpolation", "bicubic") != "bicubic":
             raise CheckpointError(f"{self.repository.name}/{CONFIG}: pictures by another filter than bicubic")
         vision, text = without_pretrained(model["vision_cfg"]), without_pretrained(model["text_cfg"])
@@ -71,12 +78,9 @@ class OpenClipFolder:
         }
 
     def tensors(self, system: "nn.Module") -> "dict[str, Tensor]":
-        from safetensors.torch import load_file
-
         path = self.repository.first(*WEIGHTS)
-        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
-        tensors = {name: tensor for name, tensor in tensors.items() if name != POSITIONS}
-        tensors |= {name: tensors[name].reshape(1) for name in SCALES if name in tensors}
+        tensors = {name: tensor for name, tensor in read_tensors(path).items() if name != POSITIONS}
+        tensors |= {name: tensors[name][None] for name in SCALES if name in tensors and tensors[name].ndim == 0}
         return fit(system, tensors, str(path), lambda name: name.removeprefix("clip."))
 
 

@@ -20,8 +20,9 @@ from torch.func import functional_call
 from mm.data.batch import IGNORE, MODALITIES, PackedBatch, with_dummies
 from mm.errors import CheckpointError, ConfigError
 from mm.models.contrastive import contrastive_sum, recalls
-from mm.models.system import Output, PooledSystem
+from mm.models.system import ALL, Output, PooledSystem
 from mm.models.systems.clip.config import ClipConfig
+from mm.models.vision import refuse_batch_norm
 
 MOST = math.log(100)
 """Of the logarithm of the scale."""
@@ -73,10 +74,10 @@ class Clip(PooledSystem):
         metrics = {"scale": scale.detach().mean()}
         return Output({}, {"contrastive": torch.tensor(n, device=image.device)}, metrics, features=features)
 
-    def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pooled_losses(self, features: dict[str, Tensor], own: slice = ALL) -> dict[str, Tensor]:
         """open_clip's loss times the number of pairs."""
         image, text, scale = (features[name] for name in ("image", "text", "scale"))
-        return {"contrastive": contrastive_sum(image, text, scale, features.get("bias"), self.loss)}
+        return {"contrastive": contrastive_sum(image, text, scale, features.get("bias"), self.loss, own)}
 
     def pooled_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
         """Recalls, of pairs each by itself: a picture with several captions counts its others as wrong."""
@@ -182,6 +183,7 @@ def build_clip(config: ClipConfig, weights: bool) -> nn.Module:
         clip: nn.Module = kind(*parts, nonscalar_logit_scale=True, **scales)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.vision, model.text: open_clip makes no model of them ({error})") from None
+    refuse_batch_norm(clip, f"model.name {config.name}" if config.name else "model.vision")
     if weights and whole:
         path = str(config.weights.expanduser()) if config.weights is not None else _published(config)
         try:

@@ -18,11 +18,12 @@ from mm.data.packed import join_segments
 from mm.data.sample import Special, Text
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import make_segment
+from mm.errors import ConfigError
 from mm.models import backbone
 from mm.models.contrastive import contrastive_sum, recalls
 from mm.models.gated import MediaSeen, PerceiverResampler, TextQuery, ends, insert_gated, scopes, see
 from mm.models.new_tokens import NewTokens
-from mm.models.system import GenerativeSystem, Output, PooledSystem, Tower
+from mm.models.system import ALL, GenerativeSystem, Output, PooledSystem, Tower
 from mm.models.systems.cosmo.config import CosmoConfig
 from mm.models.vision import VisionTower
 
@@ -60,6 +61,8 @@ class Cosmo(GenerativeSystem, PooledSystem):
         self.new_tokens = None
         if config.train_new_tokens:
             first = len(Tokenizer.load(config.language.tokenizer_name))
+            if first == len(tokenizer):
+                raise ConfigError("model.train_new_tokens: the tokenizer has all tokens already; leave it out")
             self.new_tokens = NewTokens(self.language, first, len(tokenizer) - first)
         width = self.language.config.hidden_size
         insert_gated(self.language, config, self.vision.width)
@@ -95,10 +98,10 @@ class Cosmo(GenerativeSystem, PooledSystem):
         metrics = {"scale": self.temperature.detach().float().exp().mean()}
         return replace(self.output(batch, losses, None), features=features, metrics=metrics)
 
-    def pooled_losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pooled_losses(self, features: dict[str, Tensor], own: slice = ALL) -> dict[str, Tensor]:
         loss = self.config.contrastive.loss
         image, text = features["image"], features["text"]
-        return {"contrastive": contrastive_sum(image, text, features["scale"], features.get("bias"), loss)}
+        return {"contrastive": contrastive_sum(image, text, features["scale"], features.get("bias"), loss, own)}
 
     def pooled_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
         return recalls(features["image"], features["text"])
