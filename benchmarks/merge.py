@@ -116,6 +116,7 @@ def candidates(r: int, patch: Any, device: str) -> dict[str, GenerativeSystem]:
     systems = {OURS: model({"r": r}), PLAIN: model(None)}
     if callable(patch):
         systems[PATCH] = model(None)
+        systems[PATCH].rows = systems[OURS].rows
         vision = systems[PATCH].vision
         patch(vision.featurizer)
         vision.of_squares = partial(patched, vision, r)
