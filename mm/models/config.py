@@ -23,7 +23,8 @@ class SystemConfig(Protocol):
     kind: str
 
     def layout(self) -> "Layout":
-        """What data must know of this model. Imports no torch."""
+        """What data must know of this model. Imports no torch, unless how many positions a picture takes is a matter of
+        what merges in a tower (`VisionConfig.features`)."""
         ...
 
     def build(self, weights: bool = True) -> "System":

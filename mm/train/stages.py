@@ -86,6 +86,7 @@ def _open(
                 require_any(dataset, role)
     if config.evaluation.every and "validation" not in splits:
         raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
+    _check_pairs(config, list(splits["train"].about["ledger"]))
     loader = PackedLoader(
         splits["train"],
         layout,
@@ -123,6 +124,18 @@ def _by_modality(config: Run, layout: Layout) -> bool:
     """Whether a row's work is that of its text and picture tokens: experts of each, or codes in place of a tower."""
     experts = getattr(config.model, "experts", None)
     return (experts is not None and len(experts.groups) > 1) or (config.data.codes and layout.image is not None)
+
+
+def _check_pairs(config: Run, sources: list[str]) -> None:
+    """Raise `ConfigError` where pairs are to come from a source that is not there: their objective would be over none,
+    and nothing else would say so."""
+    contrastive = getattr(config.model, "contrastive", None)
+    missing = [name for name in (contrastive.sources if contrastive else ()) if name not in sources]
+    if missing:
+        raise ConfigError(
+            f"model.contrastive.sources: {', '.join(missing)} is not among the sources of the training set, which are "
+            f"{', '.join(sources)}"
+        )
 
 
 def _check_carries_on(name: str, before: list[Stage], config: Run, train: PackedDataset) -> None:

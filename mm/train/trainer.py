@@ -230,12 +230,6 @@ class Trainer:
         self.ema = EMA(self.system, train.ema) if train.ema else None
         self.guard = Guard(train.guard)
         sources = list(stage.splits["train"].about["ledger"])
-        meant = set(getattr(getattr(config.model, "contrastive", None), "sources", ()))
-        if not meant <= set(sources):
-            raise ConfigError(
-                f"model.contrastive.sources: {', '.join(sorted(meant - set(sources)))} is not among the sources of the "
-                f"training set, which are {', '.join(sources)}"
-            )
         self.stepper = Stepper(self.engine, stage.layout, self.guard, config.seed, train.clip_norm, sources)
         if same:
             assert newest is not None
