@@ -86,7 +86,7 @@ def _open(
                 require_any(dataset, role)
     if config.evaluation.every and "validation" not in splits:
         raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
-    _check_pairs(config, list(splits["train"].about["ledger"]))
+    _check_named(config, list(splits["train"].about["ledger"]))
     loader = PackedLoader(
         splits["train"],
         layout,
@@ -126,15 +126,13 @@ def _by_modality(config: Run, layout: Layout) -> bool:
     return (experts is not None and len(experts.groups) > 1) or (config.data.codes and layout.image is not None)
 
 
-def _check_pairs(config: Run, sources: list[str]) -> None:
-    """Raise `ConfigError` where pairs are to come from a source that is not there: their objective would be over none,
-    and nothing else would say so."""
-    contrastive = getattr(config.model, "contrastive", None)
-    missing = [name for name in (contrastive.sources if contrastive else ()) if name not in sources]
+def _check_named(config: Run, sources: list[str]) -> None:
+    """Raise `ConfigError` where settings of the model name a source that is not there: what they want of it would be
+    over nothing, and nothing else would say so."""
+    missing = [name for name in getattr(config.model, "named_sources", ()) if name not in sources]
     if missing:
         raise ConfigError(
-            f"model.contrastive.sources: {', '.join(missing)} is not among the sources of the training set, which are "
-            f"{', '.join(sources)}"
+            f"model: {', '.join(missing)} is not among the sources of the training set, which are {', '.join(sources)}"
         )
 
 

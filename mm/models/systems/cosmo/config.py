@@ -94,6 +94,11 @@ class CosmoConfig(KindSection):
         return self
 
     @property
+    def named_sources(self) -> tuple[str, ...]:
+        """Sources that the run has to have."""
+        return self.contrastive.sources
+
+    @property
     def initial_temperature(self) -> float:
         """Of the logarithm of the factor of all similarities."""
         given = self.contrastive
