@@ -215,7 +215,7 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def patience(waits: list[float]) -> Patience:
-    return Patience(timeout=0.3, attempts=4, wait=1.0, longest=3.0, sleep=waits.append, draw=lambda: 1.0)
+    return Patience(timeout=1.0, attempts=4, wait=1.0, longest=3.0, sleep=waits.append, draw=lambda: 1.0)
 
 
 @pytest.fixture
