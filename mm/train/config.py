@@ -4,35 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field
 
 from mm.data.config import DataConfig
 from mm.settings import Count, Kinds, KindSection, Number, Section
 from mm.train.engines.config import ENGINES, SingleConfig
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-
-class AdamWConfig(KindSection):
-    """torch's AdamW (Loshchilov & Hutter, 1711.05101), fused."""
-
-    kind: str = "adamw"
-    lr: Number = Field(default=5e-5, gt=0)
-    """Peak learning rate; the schedule multiplies it."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments."""
-    eps: Number = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: Number = Field(default=0.01, ge=0)
-    """Decoupled decay of matrices; biases, norms and other vectors are not decayed unless `train.params` says so."""
-
-    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
-        import torch
-
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+from mm.train.optim.config import OPTIMIZERS, AdamWConfig, Role
 
 
 class ScheduleConfig(KindSection):
@@ -83,7 +62,6 @@ class ConstantConfig(ScheduleConfig):
         return 1.0
 
 
-OPTIMIZERS = Kinds("optimizer", {"adamw": "mm.train.config:AdamWConfig"}, default="adamw")
 SCHEDULES = Kinds(
     "schedule",
     {name: f"mm.train.config:{name.title()}Config" for name in ("cosine", "linear", "constant")},
@@ -114,6 +92,8 @@ class ParamRule(Section):
     """Multiplies the learning rate."""
     weight_decay: Number | None = None
     """Replaces the optimizer's."""
+    role: Role | None = None
+    """What optimizers that tell matrices from the rest take these for."""
 
 
 class LoraRule(Section):

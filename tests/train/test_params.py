@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mm.errors import ConfigError
-from mm.train.config import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, ParamRule
+from mm.train.config import ConstantConfig, CosineConfig, LinearConfig, ParamRule
 from mm.train.engines.single import scale_down
+from mm.train.optim.config import AdamWConfig
 from mm.train.params import freeze, parameter_groups
 
 
