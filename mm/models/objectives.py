@@ -1,6 +1,7 @@
 """Objectives as pure functions: they return losses term by term, and the trainer divides by global counts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MIN_CHUNK = 256  # tokens; fewer make matrix products slow
+DRAWN = 256  # positions of a row whose labels are drawn at a time; another number draws others
 
 
 def next_token_losses(logits: Tensor, targets: Tensor, z: float = 0.0) -> Tensor:
@@ -68,12 +70,55 @@ def code_losses(
         float32, whatever autocast says.
     """
     losses, right = queries.new_zeros(len(queries), dtype=torch.float32), []
-    with torch.autocast(queries.device.type, enabled=False):
-        for query, embeddings, code in zip(queries.unbind(1), codebooks, codes.unbind(1), strict=True):
-            cosines = F.normalize(query.float(), dim=1) @ F.normalize(embeddings.float(), dim=1).T
-            losses = losses + next_token_losses(cosines / temperature, code)
-            right.append(cosines.detach().argmax(1) == code)
+    for query, embeddings, code in zip(queries.unbind(1), codebooks, codes.unbind(1), strict=True):
+        logits = code_logits(query, embeddings, temperature)
+        losses = losses + next_token_losses(logits, code)
+        right.append(logits.detach().argmax(1) == code)
     return losses, torch.stack(right, dim=1)
+
+
+def code_logits(query: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
+    """float32 [M, V], of one codebook: see `code_losses`."""
+    with torch.autocast(query.device.type, enabled=False):
+        return F.normalize(query.float(), dim=1) @ F.normalize(embeddings.float(), dim=1).T / temperature
+
+
+@torch.no_grad()
+def draw_labels(
+    logits: Callable[[slice], Tensor], rows: Sequence[int], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Classes drawn from the softmax of logits, int64 [K]; the logits of all positions are never there at once.
+
+    A class is the one of the largest logit - log E, E drawn from the exponential distribution (Gumbel's trick). What a
+    row draws depends on its generator and its own logits, and where rounding moves these it hardly ever changes.
+
+    Args:
+        logits: of a slice of the K positions, [n, V].
+        rows: how many of the positions each row has, one row behind the other; generators: one for each row.
+    """
+    drawn, end = [torch.zeros(0, dtype=torch.int64, device=generators[0].device)], 0
+    for count, generator in zip(rows, generators, strict=True):
+        start, end = end, end + count
+        for first in range(start, end, DRAWN):
+            some = logits(slice(first, min(first + DRAWN, end))).float()
+            noise = torch.empty_like(some).exponential_(generator=generator)
+            drawn.append((some - noise.log_()).argmax(1))
+    return torch.cat(drawn)
+
+
+def drawn_errors(predicted: Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Errors [K, D] of predictions [K, D] against targets drawn around them, for a loss that is the mean of squares
+    over D: it is, but for a constant, -log p of a normal distribution of variance D / 2, which they are drawn from.
+
+    Args:
+        rows, generators: see `draw_labels`.
+    """
+    size = predicted.shape[1]
+    noise = [
+        torch.randn(count, size, generator=generator, device=predicted.device)
+        for count, generator in zip(rows, generators, strict=True)
+    ]
+    return predicted - predicted.detach() + math.sqrt(size / 2) * torch.cat(noise)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

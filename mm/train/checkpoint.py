@@ -99,7 +99,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: `NAME.exp_avg`."""
+    """Optimizer state by parameter name: `NAME.exp_avg`. What another rank owns (`mm.train.optim.owned`) it gives."""
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -307,12 +307,12 @@ def described(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(about.size) for name, about in open_reader(checkpoint).tensors.items()}
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def load(checkpoint: Path, tensors: dict[str, Tensor], all_of_a_kind: bool = True) -> dict[str, Any]:
     """Load tensors in place, whatever the number of ranks was that saved them; returns the state.
 
-    Of the kinds of tensors that are given (`model.`, `optimizer.`, `ema.`), the checkpoint must hold these and no
-    others. Each rank reads its own parts; where `torch.distributed` runs, all ranks must call this, and what one of
-    them cannot load is raised on all.
+    Of the kinds of tensors that are given (`model.`, `optimizer.`, `ema.`), the checkpoint must hold these and, with
+    `all_of_a_kind`, no others. Each rank reads its own parts; where `torch.distributed` runs, all ranks must call this,
+    and what one of them cannot load is raised on all.
 
     Args:
         tensors: By name; whole ones (a rank may give some of them only) or DTensors.
@@ -321,19 +321,21 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         CheckpointError: The checkpoint is damaged, of another format, or, naming tensors, of another model.
     """
     state: dict[str, Any] = {}
-    problem, others = "", set[str]()
+    problem, kinds, others = "", set[str](), set[str]()
     try:
         state = read_state(checkpoint)
         reader = open_reader(checkpoint)
         saved = {name: tuple(about.size) for name, about in reader.tensors.items()}
         kinds = {name.partition(".")[0] for name in tensors}
-        others = {name for name in saved if name.partition(".")[0] in kinds and name not in tensors}
+        others = {name for name in saved if name not in tensors}
         problem = _summary(checkpoint, _mismatches(saved, tensors))
     except CheckpointError as error:
         problem = str(error)
-    found = _all_ranks((problem, others))
-    unknown = [f"{name} is not in the model" for name in sorted(set.intersection(*(others for _, others in found)))]
-    _raise_first([*(problem for problem, _ in found), _summary(checkpoint, unknown)])
+    found = _all_ranks((problem, kinds, others))
+    given = set().union(*(kinds for _, kinds, _ in found))
+    nobodys = sorted(set.intersection(*(others for _, _, others in found)))
+    unknown = [f"{name} is not in the model" for name in nobodys if all_of_a_kind and name.partition(".")[0] in given]
+    _raise_first([*(problem for problem, _, _ in found), _summary(checkpoint, unknown)])
     try:
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     except CheckpointException as error:

@@ -243,6 +243,7 @@ class Model:
             phase: round(sum(trace.flops[phase] for trace in traces) * self.rows / len(packs))
             for phase in traces[0].flops
         }
+        scaled["update"] = traces[0].flops["update"]  # once, of however many rows
         return {**scaled, "total": sum(scaled.values())}
 
     def _several(self, train: TrainConfig, ranks: int) -> bool:

@@ -5,8 +5,9 @@ losses is divided by that; gradients are summed. So 1 x 8, 2 x 4 and 8 x 1 rows,
 update. Numbers come back from the device once a step, just before the update, because the guard decides by them.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,25 +26,86 @@ from mm.train.guard import Guard, Verdict
 
 @runtime_checkable
 class ExtraPass(Protocol):
-    """An optimizer that needs gradients of another objective now and then, such as one on labels that the model draws.
+    """An optimizer that now and then needs gradients beside those of its updates: of the loss on labels that the model
+    draws, or at other weights."""
 
-    After the update of a step for which `due` is true, and that the guard did not skip, the step's micro-batches run
-    again: the sum of their `extra_loss`es is divided by the sum of their `extra_count`s, over all ranks, and
-    `take_extra` finds its gradient in `.grad` of the parameters, and the count.
-    """
-
-    def due(self, step: int) -> bool: ...
-
-    def extra_count(self, system: System, batch: PackedBatch) -> float:
-        """Of a batch in host memory."""
+    def check(self, engine: SingleEngine) -> None:
+        """Raise `ConfigError` where it cannot have them. Asked before the first step."""
         ...
 
-    def extra_loss(self, system: System, batch: PackedBatch, generators: list[torch.Generator]) -> Tensor:
-        """A sum of losses. There is a generator for each row, keyed by its samples and not by rank or micro-batch: what
-        is drawn from them is the same however the step is split."""
+    def due(self, step: int) -> bool:
+        """Whether it needs some after the update of this step; not asked where the guard skipped it."""
         ...
 
-    def take_extra(self, count: float) -> None: ...
+    def extra(self, passes: "Passes") -> None:
+        """Ask for them. Every rank has to ask for the same; weights are to be afterwards what they were before."""
+        ...
+
+    def shares(self) -> dict[str, Tensor]:
+        """To be logged, by name: numbers [2] of this rank's part of the weights, how many and of how many."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Further gradients of a step's micro-batches. Each call throws away what is in `.grad`, and leaves there its own,
+    summed over micro-batches and ranks. All calls draw the same dropout."""
+
+    stepper: "Stepper"
+    batches: list[PackedBatch]
+    step: int
+
+    @property
+    def seed(self) -> int:
+        return self.stepper.seed
+
+    def first(self, share: float) -> "Passes":
+        """Of the first micro-batches alone; at least one."""
+        return replace(self, batches=self.batches[: math.ceil(share * len(self.batches))])
+
+    def loss(self) -> None:
+        """Of the loss, as for an update, with the weights as they are now."""
+        self._begin()
+        self.stepper._gradients(self.batches, self._totals(), self.step)
+
+    def drawn(self) -> float:
+        """Of the loss on labels that the model draws; returns n, by which grad^2 has to be multiplied to be in
+        expectation the diagonal of the Gauss-Newton matrix of the loss.
+
+        With one objective of weight 1 it is the gradient of the mean of n terms. With several each has the root of its
+        factor in the loss, times the same number: labels are drawn term by term, so it is squares that add up.
+        """
+        self._begin()
+        stepper, totals = self.stepper, self._totals().losses
+        weights = {name: weight for name, weight in stepper.engine.system.weights.items() if weight}
+        terms = sum(totals[name] for name in weights)
+        if not terms:
+            return 0.0
+        factors = {name: math.sqrt(weight / max(totals[name], 1) / terms) for name, weight in weights.items()}
+        system = stepper.engine.system
+        for index, batch in enumerate(stepper._moved(self.batches)):
+            keys = [keyed_seed(self.seed, "extra", self.step, ids) for ids in batch.ids]
+            generators = [torch.Generator(stepper.device).manual_seed(key) for key in keys]
+            losses = stepper.engine.call(system.drawn_losses, batch, generators)
+            loss = torch.stack([factors[name] * losses[name] for name in weights]).sum()
+            stepper.engine.backward(loss, index == len(self.batches) - 1)
+        return terms
+
+    def clip(self, limit: float | None) -> Tensor:
+        """Scale the gradients down to this norm; returns what it was, on the device."""
+        return self.stepper.engine.clip(limit)["total"]
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Sums over the ranks that hold one copy of the weights between them, on the device."""
+        return self.stepper.engine.sum_shards(values.to(self.stepper.device))
+
+    def _begin(self) -> None:
+        self.stepper.engine.discard()
+        torch.manual_seed(keyed_seed(self.seed, "extra dropout", self.step, self.stepper.world.rank))
+
+    def _totals(self) -> "Counted":
+        system, world = self.stepper.engine.system, self.stepper.world
+        return counted(system, world.sum(count(system, self.batches, [])), [])
 
 
 @dataclass(slots=True)
@@ -90,8 +152,7 @@ def count(system: System, batches: list[PackedBatch], sources: list[str]) -> lis
             by_objective[name] += float(number)
         modalities += torch.bincount(batch.modality[batch.segment_ids > 0], minlength=len(MODALITIES))
         if len(sources) > 1:
-            learned = (batch.labels >= 0).sum(1)
-            by_source.index_add_(0, _numbers(batch, sources), learned)
+            by_source.index_add_(0, _numbers(batch, sources), system.row_counts(batch))
     positions = sum(batch.input_ids.numel() for batch in batches)
     return [*by_objective.values(), *modalities.tolist(), *by_source.tolist(), positions]
 
@@ -122,6 +183,8 @@ class Stepper:
         self.extra = engine.optimizer if isinstance(engine.optimizer, ExtraPass) else None
         if self.extra is not None and engine.kind == "deepspeed":
             raise ConfigError("train.optimizer: one that takes extra passes needs train.engine.kind single or fsdp")
+        if self.extra is not None:
+            self.extra.check(engine)
 
     def __call__(self, batches: list[PackedBatch], totals: Counted, step: int, lr: float) -> Done:
         """Step number `step`, from 0 on. The update is left out when the guard says so."""
@@ -137,7 +200,8 @@ class Stepper:
         if done.verdict.accept:
             self.engine.update()
             if self.extra is not None and self.extra.due(step):
-                self._extra(self.extra, batches, step)
+                self.extra.extra(Passes(self, batches, step))
+                self.engine.discard()
         else:
             self.engine.discard()
         return done
@@ -203,16 +267,13 @@ class Stepper:
             metrics={name: value / counts[name] for name, value in of("metric").items() if counts[name]},
         )
 
-    def _extra(self, optimizer: ExtraPass, batches: list[PackedBatch], step: int) -> None:
-        system = self.engine.system
-        (total,) = self.world.sum([float(sum(optimizer.extra_count(system, batch) for batch in batches))])
-        for index, batch in enumerate(self._moved(batches)):
-            keys = [keyed_seed(self.seed, "extra", step, ids) for ids in batch.ids]
-            generators = [torch.Generator(self.device).manual_seed(one) for one in keys]
-            loss = self.engine.call(optimizer.extra_loss, system, batch, generators)
-            self.engine.backward(loss / max(total, 1), index == len(batches) - 1)
-        optimizer.take_extra(total)
-        self.engine.discard()
+    def shares(self) -> dict[str, float]:
+        """What the optimizer has to say of its state, for a step that is logged: every rank has to ask."""
+        if self.extra is None:
+            return {}
+        numbers = {name: number.to(self.device) for name, number in self.extra.shares().items()}
+        sums = {name: self.engine.sum_shards(number).tolist() for name, number in numbers.items()}
+        return {name: some / whole for name, (some, whole) in sums.items() if whole}
 
     def _features(self, batches: list[PackedBatch]) -> list[dict[str, Tensor]]:
         """Of the items of each micro-batch, without a graph; they run again to hand gradients on."""

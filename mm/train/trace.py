@@ -38,7 +38,7 @@ ORDERS = (aten.sort.default, aten.sort.stable, aten.topk.default)
 class Trace:
     """What a step of one micro-batch takes on one device.
 
-    flops: by phase: `forward`, `backward`, `recompute`.
+    flops: by phase: `forward`, `backward`, `recompute`; and of an `update`, such as products of whole matrices.
     peak: bytes by kind when their sum is largest. `casts`: copies of weights in another precision; `activations`: all
         that is not kept between steps, the batch included.
     busiest: bytes by kind when those of activations are most.
@@ -69,8 +69,9 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig, several: 
     mode, live, flops = FakeTensorMode(allow_non_fake_inputs=True), _Live(), _Flops()
     system = _without_memory(system, mode).train()
     with mode, _Hybrid(), live, flops:
-        for tensor in (*system.parameters(), *system.buffers()):
-            live.note(tensor, "weights")
+        for module in (system, *system.teachers):
+            for tensor in (*module.parameters(), *module.buffers()):
+                live.note(tensor, "weights")
         optimizer = train.optimizer.build(parameter_groups(system, train.params, 0.0))
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
@@ -84,12 +85,14 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig, several: 
             torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
         peak, busiest = live.peak, live.busiest
         # The first update makes the optimizer's state, which is there from then on; the second is like all others.
+        flops.phase = "update"
         optimizer.step()
         for tensor in tree_leaves(list(optimizer.state.values())):
             if isinstance(tensor, Tensor):
                 live.note(tensor, "optimizer")
         kept = {"optimizer": live.now["optimizer"]}
         live.restart()
+        flops.counts["update"] = 0
         optimizer.step()
     peak = max({**peak, **kept}, live.peak, key=lambda moment: sum(moment.values()))
     return Trace(flops.counts, peak, {**busiest, **kept}, live.now["gradients"])
@@ -113,10 +116,11 @@ def _loss(system: System, batch: PackedBatch, precision: str, several: bool) -> 
 def _without_memory(system: System, mode: FakeTensorMode) -> System:
     """A copy with fake tensors on the CPU in place of those on the meta device; tied ones stay tied, and numbers that a
     system keeps as integers, off that device, stay real."""
+    _ = system.teachers  # read, so that they are copied too
     system = copy.deepcopy(system)
     made: dict[int, Tensor] = {}
     with mode:
-        for module in system.modules():
+        for module in (one for whole in (system, *system.teachers) for one in whole.modules()):
             for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
                 for name, tensor in tensors.items():
                     if tensor is None or not (tensor.is_meta or tensor.is_floating_point()):
@@ -234,7 +238,7 @@ class _Flops(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = dict.fromkeys(("forward", "backward", "recompute"), 0)
+        self.counts = dict.fromkeys(("forward", "backward", "recompute", "update"), 0)
         self.phase = "forward"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

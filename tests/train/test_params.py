@@ -1,17 +1,16 @@
-"""Parameter groups and schedules against closed forms."""
-
-import itertools
-import math
+"""Parameter groups against closed forms."""
 
 import pytest
 import torch
+from test_engines import UNTIED
+from test_expert_parallel import MODELS
 from torch import nn
 
 from mm.errors import ConfigError
-from mm.train.config import ConstantConfig, CosineConfig, LinearConfig, ParamRule
+from mm.train.config import ParamRule
 from mm.train.engines.single import scale_down
 from mm.train.optim.config import AdamWConfig
-from mm.train.params import freeze, parameter_groups
+from mm.train.params import freeze, parameter_groups, roles
 
 
 def model() -> nn.Module:
@@ -56,23 +55,6 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
         settings([ParamRule(match=".*", freeze=True)])
 
 
-@pytest.mark.parametrize("kind", [CosineConfig, LinearConfig, ConstantConfig])
-def test_schedules(kind: type) -> None:
-    schedule = kind(warmup=0.1, final=0.2)
-    factors = [schedule.factor(step, 100) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1)
-    assert all(b > a for a, b in itertools.pairwise(factors[:10]))
-    assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
-    progress = (55 - 10) / 90
-    expected = {
-        CosineConfig: 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * progress)),
-        LinearConfig: 0.2 + 0.8 * (1 - progress),
-        ConstantConfig: 1.0,
-    }
-    assert factors[55] == pytest.approx(expected[kind])
-    assert kind(warmup=10).factor(4, 100) == pytest.approx(0.5)  # steps, not a share
-
-
 def test_adamw_is_torchs() -> None:
     """Fused, with our groups, against torch's plain loop on one parameter."""
     torch.manual_seed(0)
@@ -103,3 +85,31 @@ def test_auxiliary_routers_are_clipped_by_themselves() -> None:
         torch.testing.assert_close(parts[name][0], torch.full_like(parts[name][0], scale))
     alone = {"auxiliary_routers": [torch.full((1,), 50.0)]}
     assert float(scale_down(alone, torch.tensor([2500.0]), None)["total"]) == 50
+
+
+def test_roles_are_told_by_modules_and_not_by_shapes() -> None:
+    system = MODELS["two groups"].build()
+    found = roles(system)
+    tower, layer = "vision.featurizer", "language.model.layers.0"
+    group = f"{layer}.mlp.groups.text"
+    expected = {
+        f"{tower}.patch_embed.proj.weight": "embedding", f"{tower}.pos_embed": "embedding",
+        f"{tower}.blocks.0.attn.qkv.weight": "matrix", f"{tower}.blocks.0.attn.qkv.bias": "vector",
+        "language.model.embed_tokens.weight": "embedding", f"{layer}.self_attn.q_proj.weight": "matrix",
+        f"{layer}.input_layernorm.weight": "vector", f"{group}.gate_up": "matrix", f"{group}.down": "matrix",
+        f"{group}.router.weight": "matrix",
+    }  # fmt: skip
+    assert expected.items() <= found.items()
+    assert all((role == "vector") == (system.get_parameter(name).ndim < 2) for name, role in found.items())
+    assert roles(UNTIED.build())["language.lm_head.weight"] == "head"
+
+
+def test_a_rule_may_set_a_role() -> None:
+    rules = [ParamRule(match="language.*weight", role="head"), ParamRule(match="vision.weight", role="embedding")]
+    groups = parameter_groups(nn.ModuleDict({"vision": nn.Linear(3, 3), "language": nn.Linear(3, 3)}), rules, 0.1)
+    found = {name: group["role"] for group in groups for name in group["names"]}
+    assert found == {
+        "vision.weight": "embedding", "vision.bias": "vector", "language.weight": "head", "language.bias": "vector",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"vision\.bias has 1 axes and can only be a vector"):
+        parameter_groups(model(), [ParamRule(match="vision.*", role="matrix")], 0.1)

@@ -15,17 +15,17 @@ from ranks import Ranks
 from test_engines import LENGTH, MODEL, batches, rows, whole_parameters
 from torch import Tensor, nn
 
-from mm.data.batch import IGNORE, MODALITIES, PackedBatch, collate
+from mm.data.batch import MODALITIES, PackedBatch, collate
 from mm.data.sample import keyed_seed
 from mm.errors import ConfigError
 from mm.models import backbone
-from mm.models.system import ALL, GenerativeSystem, Output, PooledSystem, System
+from mm.models.system import ALL, Output, PooledSystem, System
 from mm.settings import KindSection
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
 from mm.train.guard import Guard
 from mm.train.params import parameter_groups
-from mm.train.step import ExtraPass, Stepper, count, counted
+from mm.train.step import ExtraPass, Passes, Stepper, count, counted
 
 FSDP = {"kind": "fsdp"}
 SPLITS = [(1, 2, {}), (1, 4, {}), (1, 1, FSDP), (2, 1, FSDP), (2, 2, FSDP), (2, 2, {**FSDP, "shard_size": 1})]
@@ -58,12 +58,16 @@ class RecorderConfig(KindSection):
 
 
 def run_steps(
-    build: Any, kind: str, micro_batches: int, engine: dict[str, Any], optimizer: str = "Recorder", steps: int = 1
+    build: Any,
+    kind: str,
+    micro_batches: int,
+    engine: dict[str, Any],
+    optimizer: str | dict[str, Any] = "Recorder",
+    steps: int = 1,
 ) -> dict[str, Any]:
     """Some steps on this rank's share of the eight rows, through the trainer's own step."""
-    train = TrainConfig.model_validate(
-        {"device": "cpu", "engine": engine, "optimizer": {"kind": f"test_step:{optimizer}Config"}, "clip_norm": None}
-    )
+    section = {"kind": f"test_step:{optimizer}Config"} if isinstance(optimizer, str) else optimizer
+    train = TrainConfig.model_validate({"device": "cpu", "engine": engine, "optimizer": section, "clip_norm": None})
     world = World.from_environment()
     one = train.engine.build(world, train)
     world.start(one.device, 60, one.group)
@@ -71,15 +75,22 @@ def run_steps(
         torch.manual_seed(0)
         one.prepare(build(), lambda system: parameter_groups(system, [], 0.0), micro_batches)
         stepper = Stepper(one, MODEL.layout(), Guard(train.guard), 0, None, ["s"])
-        losses, gradients = [], []
+        losses, gradients, shares = [], [], []
         for step in range(steps):
             mine = batches(kind, world, micro_batches)
             totals = counted(one.system, world.sum(count(one.system, mine, ["s"])), ["s"])
             losses.append(stepper(mine, totals, step, train.optimizer.lr).loss)
             gradients.append(getattr(one.optimizer, "gradients", None))
-        state = getattr(one.optimizer, "squares", {})
-        parameters = whole_parameters(one)
-        return {"losses": losses, "gradients": gradients, "state": state, "parameters": parameters}
+            shares.append(stepper.shares())
+        found = {name: whole(tensor).clone().numpy() for name, tensor in one.tensors().items()}
+        return {
+            "losses": losses,
+            "gradients": gradients,
+            "shares": shares,
+            "state": getattr(one.optimizer, "squares", None)
+            or {name.removeprefix("optimizer."): value for name, value in found.items() if name[0] == "o"},
+            "parameters": whole_parameters(one),
+        }
     finally:
         one.close()
         world.stop()
@@ -167,31 +178,22 @@ class Fisher(Recorder):
         super().__init__(groups, lr=lr)
         self.squares: dict[str, np.ndarray] = {}
 
+    def check(self, engine: Any) -> None:
+        assert engine.system.drawn
+
     def due(self, step: int) -> bool:
         return step % 2 == 0
 
-    def extra_count(self, system: System, batch: PackedBatch) -> float:
-        return batch.targets
-
-    def extra_loss(self, system: System, batch: PackedBatch, generators: list[torch.Generator]) -> Tensor:
-        assert isinstance(system, GenerativeSystem)
-        keep = batch.learned()
-        where = batch.segment_ids, batch.position_ids
-        logits = backbone.run(system.language, system.embed(batch), *where, keep, batch.isolate_segments)
-        shares = logits.detach().softmax(-1).split((batch.labels != IGNORE).sum(1).tolist())
-        drawn = [
-            torch.multinomial(one, 1, generator=generator)[:, 0]
-            for one, generator in zip(shares, generators, strict=True)
-            if len(one)
-        ]
-        return F.cross_entropy(logits, torch.cat([keep[:0], *drawn]), reduction="sum")
-
-    def take_extra(self, count: float) -> None:
+    def extra(self, passes: Passes) -> None:
+        count = passes.drawn()
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if parameter.grad is not None:
                     square = count * whole(parameter.grad).square().numpy()
                     self.squares[name] = self.squares.get(name, 0) + square
+
+    def shares(self) -> dict[str, Tensor]:
+        return {}
 
 
 class FisherConfig(RecorderConfig):
@@ -237,7 +239,8 @@ def test_an_extra_pass_is_the_gradient_of_drawn_labels(extra_reference: dict[str
         keep = batch.learned()
         where = batch.segment_ids, batch.position_ids
         logits = backbone.run(system.language, system.embed(batch), *where, keep, True)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        drawn = (logits.detach().softmax(-1) / noise).argmax(-1)  # as torch.multinomial does
         loss = loss + F.cross_entropy(logits, drawn, reduction="sum")
         total += len(keep)
     (loss / total).backward()
@@ -300,7 +303,7 @@ def test_deepspeed_takes_no_extra_passes() -> None:
 
 
 class FisherAdam(torch.optim.AdamW):
-    due, extra_count, extra_loss, take_extra = Fisher.due, Fisher.extra_count, Fisher.extra_loss, Fisher.take_extra
+    check, due, extra, shares = Fisher.check, Fisher.due, Fisher.extra, Fisher.shares
 
 
 class FisherAdamConfig(RecorderConfig):

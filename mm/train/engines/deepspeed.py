@@ -58,6 +58,15 @@ ABSENT = ("tensor_parallel", "expert_parallel", "pipeline", "sequence_parallel_s
 ELEMENTWISE = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 """Optimizers (and their subclasses, such as AdamW) that treat numbers one by one: ZeRO hands them flat tensors."""
 
+WHOLE = "works on whole matrices and would see flat pieces of them; use train.engine.kind fsdp, or adamw"
+REFUSED = {
+    "muon": WHOLE,
+    "soap": WHOLE,
+    "sophia": "takes extra passes, whose gradients would have to be kept from those of the step; use train.engine.kind "
+    "fsdp, or adamw",
+}
+"""Optimizers that would silently become others, and why."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -81,6 +90,8 @@ class DeepSpeedEngine(SingleEngine):
         super().__init__(world, train)
         self.config: DeepSpeedConfig = train.engine
         self.stage = int(self.config.stage)
+        if reason := REFUSED.get(train.optimizer.kind):
+            raise ConfigError(f"train.optimizer.kind {train.optimizer.kind} under deepspeed: it {reason}")
         if self.config.offload_optimizer and self.stage == 0:
             raise ConfigError(
                 "train.engine.offload_optimizer needs stage 1, 2 or 3: at stage 0 DeepSpeed keeps the optimizer's "

@@ -4,9 +4,9 @@
 peak that the schedule multiplies, and `weight_decay`, which the groups already hold.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm.settings import Count, Kinds, KindSection, Number
 
@@ -70,14 +70,14 @@ class MuonConfig(OptimizerConfig):
 
 
 class SophiaConfig(OptimizerConfig):
-    """Sophia (Liu et al., 2305.14342): momentum over an estimate of the Hessian's diagonal, clipped by coordinate."""
+    """Sophia (Liu et al., 2305.14342): momentum over an estimate of the curvature, clipped coordinate by coordinate."""
 
     kind: str = "sophia"
     weight_decay: Number = Field(default=0.1, ge=0)
     """Decoupled decay of matrices."""
     estimator: Literal["gnb", "hutchinson"] = "gnb"
     """`gnb` (Sophia-G): squared gradients of the loss on labels that the model draws, times their number.
-    `hutchinson` (Sophia-H): u * (H u) for random u."""
+    `hutchinson` (Sophia-H): u * (H u) for random signs u, for any objective; in float32 only."""
     betas: tuple[float, float] = (0.965, 0.99)
     """Decay of the momentum and of the Hessian's estimate."""
     rho: Number = Field(default=0.04, gt=0)
@@ -86,10 +86,16 @@ class SophiaConfig(OptimizerConfig):
     every: Count = Field(default=10, ge=1)
     """Steps between estimates."""
     share: Number = Field(default=1.0, gt=0, le=1)
-    """Of a step's micro-batches, those that an estimate is made from."""
+    """Of a step's micro-batches, those that an estimate is made from: the first ones, on each rank at least one."""
     clip_estimate: Number | None = Field(default=None, gt=0)
-    """Scale the gradients of an estimate down to this norm first, as the released script does (1.0). It biases the
-    estimate."""
+    """Of `gnb`: scale the gradients of an estimate down to this norm first, as the released script does (1.0). It makes
+    estimates too small."""
+
+    @model_validator(mode="after")
+    def _clips_what_it_squares(self) -> "SophiaConfig":
+        if self.clip_estimate is not None and self.estimator == "hutchinson":
+            raise ValueError("clip_estimate is for estimator gnb; leave it out")
+        return self
 
     def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from mm.train.optim.sophia import build
@@ -113,15 +119,21 @@ class SOAPConfig(OptimizerConfig):
     """Steps between refreshes of the basis."""
     max_precond_dim: Count = Field(default=4096, ge=1)
     """A longer axis is not rotated: the other alone is."""
-    precondition: tuple[Role, ...] = ("matrix",)
+    precondition: tuple[Literal["matrix", "head", "embedding"], ...] = ("matrix",)
     """The roles that are rotated; the others take AdamW steps."""
     block: Count | None = Field(default=None, ge=1)
-    """Cut axes longer than `max_precond_dim` into blocks of at most so many, each with a basis of its own; by default
+    """Cut axes longer than `max_precond_dim` into blocks of at most so many, each with bases of its own; by default
     they are not rotated."""
     normalize: bool = False
     """Bring every update to a root mean square of 1; for `every` about 100."""
     correct_bias: bool = True
     """Of the moments, as Adam."""
+
+    @model_validator(mode="after")
+    def _blocks_are_rotated(self) -> Self:
+        if self.block is not None and self.block > self.max_precond_dim:
+            raise ValueError(f"block is {self.block}, expected at most max_precond_dim, {self.max_precond_dim}")
+        return self
 
     def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
         from mm.train.optim.soap import build
