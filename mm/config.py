@@ -22,13 +22,19 @@ from mm.models.config import ModelConfig
 from mm.models.teachers.config import teacher_of
 from mm.settings import Section, merge
 from mm.train.config import EvaluationConfig, TrainConfig
+from mm.train.schedules import spans
 
 Keys = tuple[str | int, ...]
+WHOLE_RUN = (
+    "engine", "device", "hang_timeout", "profile", "trackers", "save_every", "keep", "keep_every", "branch",
+    "branch_data",
+)  # fmt: skip
+"""Settings of `train` that stages have in common."""
 
 
 class StageConfig(Section):
-    """A part of a run: what differs from the settings above. Weights go on from the stage before, the optimizer and
-    the schedule start anew."""
+    """A part of a run: what differs from the settings above. Weights go on from the stage before; the optimizer and the
+    schedule start anew, unless they are to go on, too."""
 
     name: str
     """Shown in logs and reports."""
@@ -47,6 +53,16 @@ class StageConfig(Section):
     carry_on: bool = False
     """The data go on where the stage before left them, rather than from their beginning: the same set and mixture, no
     pack again before all have been seen. The rows of a step may be others."""
+    keep_optimizer: bool = False
+    """The optimizer's moments (and the averages of `train.ema`) go on from the stage before, by name, and so does the
+    schedule: it is one over the steps of all stages that keep it. Parameters that are new start anew."""
+    rewarm: bool = False
+    """With `keep_optimizer`: the schedule begins anew all the same, with its warm-up, over the steps from here on."""
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether the schedule is that of the stage before."""
+        return self.keep_optimizer and not self.rewarm
 
     def settings(self) -> dict[str, Any]:
         return self.model_dump(include={"data", "model", "train", "evaluation"})
@@ -86,21 +102,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         _override(tree, origins, override)
     tree.setdefault("out", str(Path("runs") / path.stem))
     config = _validate(tree, path, origins)
-    problems = [] if config.stages else contradictions(config)
-    for number in range(len(config.stages)):
-        settings = tree["stages"][number]
-        whole = merge(
-            {key: value for key, value in tree.items() if key != "stages"}, StageConfig(**settings).settings()
-        )
-        at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
-        problems += contradictions(_validate(whole, path, at))
-        if number == 0 and config.stages[0].carry_on:
-            problems.append((("stages", 0, "carry_on"), "there is no stage before whose data it could go on with"))
-        problems += [
-            (("stages", number, "train", key), "is the whole run's: set it above the stages")
-            for key in ("engine", "device", "hang_timeout", "profile", "trackers", "save_every", "keep", "keep_every")
-            if key in settings.get("train", {})
-        ]
+    problems = [] if config.stages else contradictions(config, config.train.max_steps)
+    problems += _problems_of_stages(config, tree, path, origins)
     if problems:
         raise ConfigError("\n".join(f"{_where(keys, path, origins)}: {text}" for keys, text in problems))
     return config
@@ -114,8 +117,55 @@ def _validate(tree: dict[str, Any], path: Path, origins: dict[Keys, str]) -> Run
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
-    """Rules between settings, checked before anything is built: (key path, what is wrong)."""
+def _problems_of_stages(
+    config: RunConfig, tree: dict[str, Any], path: Path, origins: dict[Keys, str]
+) -> list[tuple[Keys, str]]:
+    stages = config.stages
+    found: list[tuple[Keys, str]] = []
+    if stages and stages[0].carry_on:
+        found.append((("stages", 0, "carry_on"), "there is no stage before whose data it could go on with"))
+    if stages and stages[0].keep_optimizer:
+        found.append((("stages", 0, "keep_optimizer"), "there is no stage before whose optimizer it could go on with"))
+        return found
+    above = {key: value for key, value in tree.items() if key != "stages"}
+    runs: list[RunConfig] = []
+    for number, stage in enumerate(stages):
+        at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
+        runs.append(_validate(merge(above, stage.settings()), path, at))
+        found += [
+            (("stages", number, "train", key), "is the whole run's: set it above the stages")
+            for key in WHOLE_RUN
+            if key in stage.train
+        ]
+        if stage.rewarm and not stage.keep_optimizer:
+            found.append((("stages", number, "rewarm"), "the schedule begins anew without keep_optimizer anyway"))
+        elif stage.keep_optimizer:
+            found += [(("stages", number, *keys), text) for keys, text in _not_kept(stage, runs[-2], runs[-1])]
+    lengths = [run.train.max_steps for run in runs]
+    over = spans([stage.counts_on for stage in stages], [length or 0 for length in lengths])
+    for run, (_, steps) in zip(runs, over, strict=True):
+        found += contradictions(run, None if None in lengths else steps)
+    return found
+
+
+def _not_kept(stage: StageConfig, before: RunConfig, run: RunConfig) -> list[tuple[Keys, str]]:
+    """Why the optimizer of the stage before cannot go on."""
+    found: list[tuple[Keys, str]] = []
+    kinds = [one.train.optimizer.kind for one in (before, run)]
+    if kinds[0] != kinds[1]:
+        found.append((("train", "optimizer"), f"{kinds[1]} cannot go on with the moments of {kinds[0]}"))
+    if before.train.lora or run.train.lora:
+        found.append((("keep_optimizer",), "adapters are merged between stages, and their moments are of no more use"))
+    if stage.counts_on and before.train.schedule != run.train.schedule:
+        found.append((("train", "schedule"), "is another than in the stage before: with rewarm it begins anew"))
+    return found
+
+
+def contradictions(config: RunConfig, steps: int | None = None) -> list[tuple[Keys, str]]:
+    """Rules between settings, checked before anything is built: (key path, what is wrong).
+
+    steps: that the schedule is over, where that is known.
+    """
     data, train, evaluation = config.data, config.train, config.evaluation
     rows = train.batch_tokens // data.context_length
     found: list[tuple[Keys, str]] = []
@@ -170,10 +220,17 @@ def contradictions(config: RunConfig) -> list[tuple[Keys, str]]:
         "train.engine.stage",
         "3 has no whole weights where a clip model cuts positions to the length of texts; set stage 2, or kind fsdp",
     )
+    for key, text in train.schedule.problems(steps) if trains and steps else ():
+        rule(True, f"train.schedule.{key}", text)
     rule(
-        train.max_steps is not None and getattr(train.schedule, "warmup", 0) > train.max_steps,
-        "train.schedule.warmup",
-        f"{getattr(train.schedule, 'warmup', 0):g} steps are more than train.max_steps = {train.max_steps}",
+        train.init_optimizer and train.init_from is None,
+        "train.init_optimizer",
+        "there is no train.init_from whose moments it could take over",
+    )
+    rule(
+        train.init_optimizer and bool(train.lora),
+        "train.init_optimizer",
+        "adapters are new in every run, and have no moments to take over",
     )
     rule(
         evaluation.every > 0 and data.packed is None and not data.validation,

@@ -1,6 +1,5 @@
 """The `train:` and `evaluation:` sections of a run. No torch here."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,64 +8,10 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, Field
 
 from mm.data.config import DataConfig
-from mm.settings import Count, Kinds, KindSection, Number, Section
+from mm.settings import Count, Number, Section
 from mm.train.engines.config import ENGINES, SingleConfig
 from mm.train.optim.config import OPTIMIZERS, AdamWConfig, Role
-
-
-class ScheduleConfig(KindSection):
-    """Linear warmup to 1, then the kind's decay to `final`. `factor` is what the learning rate is multiplied by."""
-
-    warmup: Number = Field(default=0.03, ge=0)
-    """Steps, or a share of all steps when below 1 (`3%`)."""
-    final: Number = Field(default=0.0, ge=0, le=1)
-    """The factor that the decay ends at."""
-
-    def factor(self, step: int, steps: int) -> float:
-        """For step 0 … steps - 1."""
-        warmup = self.warmup * steps if self.warmup < 1 else self.warmup
-        if step + 1 < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, max(0.0, step - warmup) / max(1.0, steps - warmup))
-        return self.final + (1 - self.final) * self.decay(progress)
-
-    def decay(self, progress: float) -> float:
-        """From 1 at progress 0 to 0 at progress 1."""
-        raise NotImplementedError
-
-
-class CosineConfig(ScheduleConfig):
-    """Half a cosine (Loshchilov & Hutter, 1608.03983)."""
-
-    kind: str = "cosine"
-
-    def decay(self, progress: float) -> float:
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class LinearConfig(ScheduleConfig):
-    """A straight line."""
-
-    kind: str = "linear"
-
-    def decay(self, progress: float) -> float:
-        return 1 - progress
-
-
-class ConstantConfig(ScheduleConfig):
-    """No decay after the warmup."""
-
-    kind: str = "constant"
-
-    def decay(self, progress: float) -> float:
-        return 1.0
-
-
-SCHEDULES = Kinds(
-    "schedule",
-    {name: f"mm.train.config:{name.title()}Config" for name in ("cosine", "linear", "constant")},
-    default="cosine",
-)
+from mm.train.schedules import SCHEDULES, CosineConfig
 
 
 def _is_a_pattern(pattern: str) -> str:
@@ -159,6 +104,15 @@ class TrainConfig(Section):
     init_from: Path | None = None
     """Weights to start from, taken over by name: a checkpoint, a run folder (its newest), or a published model
     (`weizhiwang/Open-Qwen2VL`, or a folder of that layout or LLaVA's)."""
+    init_optimizer: bool = False
+    """With `init_from`, a run or a checkpoint: the moments of the optimizer are taken over too, by name. The schedule
+    begins anew."""
+    branch: Path | None = None
+    """Go on from this checkpoint of another run (a run folder: its newest), with all it had behind it, in a folder of
+    its own. Settings are the other run's but for what may change when a run is resumed."""
+    branch_data: Literal["carry_on", "anew"] = "carry_on"
+    """Of `branch`. `carry_on`: the data go on where the other run left them. `anew`: they begin at their beginning, and
+    may be others, in other rows: all of `data` and `batch_tokens` may change."""
     device: str = "auto"
     """`auto`: the GPU if there is one, else the CPU."""
     optimizer: Annotated[Any, OPTIMIZERS] = AdamWConfig()
@@ -221,6 +175,10 @@ class StageSettings(Protocol):
     def convert(self) -> str | None: ...
     @property
     def carry_on(self) -> bool: ...
+    @property
+    def keep_optimizer(self) -> bool: ...
+    @property
+    def counts_on(self) -> bool: ...
 
 
 class Run(Protocol):

@@ -3,7 +3,8 @@
 - of a system that writes no text: the mean of each of its objectives, and of its metrics;
 - of objectives over all items of a step: the loss over all items of the split (a contrastive one is higher, the more
   there are), with recalls;
-- of a model of text alone: loss in nats per learned token and perplexity, against the unigram baseline;
+- of a model of text alone: loss in nats per learned token, perplexity and bits per byte, over all and by source,
+  against the unigram baseline;
 - caption loss: nats per learned token of text, against the unigram baseline and the same model with pictures swapped;
 - matching: is the true caption the best of 32 for a picture, by log p(caption | picture), plain and less
   log p(caption | other pictures), which takes away that some captions are likely for any picture.
@@ -11,7 +12,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from mm.data.layout import Layout
 from mm.data.loader import one_pass
 from mm.data.packed import Pack, PackedDataset, PackedMedia, PackedSegment
 from mm.data.sample import Media, keyed_rng
+from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, SegmentMedia
 from mm.errors import DataError
 from mm.models.decode import decode, draws
@@ -48,12 +50,16 @@ class Means:
     loss: float
     losses: dict[str, float]
     metrics: dict[str, float]
+    sources: dict[str, tuple[float, int]]
+    """Of the first objective, by source: its mean, and the number of its terms. Empty where it cannot be told apart."""
 
 
 @torch.no_grad()
-def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) -> Means:
-    """Over the batches of all ranks, which have to be equally many on each."""
+def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch], sources: Sequence[str] = ()) -> Means:
+    """Over the batches of all ranks, which have to be equally many on each. `sources`: those of the split."""
     system, world = engine.system, engine.world
+    by_source = {name: [0.0, 0.0] for name in sources}
+    first = next(iter(system.weights))
     pooled: dict[str, list[Tensor]] = defaultdict(list)
     sums, counts = dict.fromkeys(system.weights, 0.0), dict.fromkeys(system.weights, 0.0)
     metrics: dict[str, float] = defaultdict(float)
@@ -67,6 +73,12 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
             sums[name] += float(value)
         for name in system.weights:
             counts[name] += float(output.counts[name])
+        if by_source and (rows := output.rows.get(first)) is not None:
+            numbers = system.row_counts(batch).tolist()
+            for name, loss, number in zip(batch.sources, rows.tolist(), numbers, strict=True):
+                if name:  # a row of padding has none
+                    by_source[name][0] += loss
+                    by_source[name][1] += number
         for name, value in output.features.items():
             pooled[name].append(value.float())
         for name, value in output.metrics.items():
@@ -91,7 +103,10 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch]) 
     everyone = [one for rank in world.gather(seen) for one in rank]
     predictions = {name: torch.cat([one[name] for one in everyone]) for name in everyone[0]}
     loss = sum(system.weights[name] * mean for name, mean in losses.items())
-    return Means(loss, losses, metrics | system.scores(predictions))
+    parts = iter(world.sum([number for pair in by_source.values() for number in pair]))
+    apart = {name: (next(parts), int(next(parts))) for name in by_source}
+    told = {name: (total / number, number) for name, (total, number) in apart.items() if number}
+    return Means(loss, losses, metrics | system.scores(predictions), told)
 
 
 @torch.no_grad()
@@ -156,6 +171,37 @@ def learned_tokens(dataset: PackedDataset, packs: Iterable[int]) -> np.ndarray:
             learned[one.position : one.position + one.length] = False
         found.append(pack.tokens[learned])
     return np.concatenate(found)
+
+
+def learned_bytes(dataset: PackedDataset, tokenizer: Tokenizer) -> dict[str, int]:
+    """UTF-8 bytes of the text that a split of text alone learns, by source; special tokens are no text."""
+    found: dict[str, int] = defaultdict(int)
+    for pack in map(dataset.text, range(len(dataset))):
+        for segment in pack.segments:
+            # As one: between the tokens of a character there may be a meta-token.
+            learned = [id for a, b in segment.loss for id in pack.tokens[max(a, segment.start + 1) : b].tolist()]
+            found[segment.source] += len(tokenizer.decode(learned).encode())
+    return dict(found)
+
+
+def text_results(found: Means, bytes_of: dict[str, int]) -> dict[str, float]:
+    """Perplexity (per token) and bits per byte over all text, and with the loss by source, where there are several.
+
+    Bits are those of all learned tokens, the end of a text included, and bytes those of the text alone.
+    """
+
+    def bits(names: Iterable[str]) -> float:
+        nats = sum(loss * number for loss, number in (found.sources[name] for name in names))
+        return nats / math.log(2) / max(1, sum(bytes_of[name] for name in names))
+
+    several = len(found.sources) > 1
+    return {
+        "perplexity": math.exp(found.losses.get("next_token", 0.0)),
+        "bits_per_byte": bits(found.sources),
+        **{f"test_loss/{name}": loss for name, (loss, _) in found.sources.items() if several},
+        **{f"perplexity/{name}": math.exp(loss) for name, (loss, _) in found.sources.items() if several},
+        **{f"bits_per_byte/{name}": bits([name]) for name in found.sources if several},
+    }
 
 
 def unigram_loss(train: PackedDataset, held_out: PackedDataset, vocabulary: int) -> float:
@@ -396,7 +442,11 @@ def final_evaluation(
         engine.system.train()
         return {"test_loss": found.loss, **{f"test_{name}": v for name, v in {**found.losses, **found.metrics}.items()}}
     together: dict[str, float] = {}
-    if isinstance(engine.system, PooledSystem):
+    if not layout.media():
+        found = means(engine, layout, batches(), list(test.about["ledger"]))
+        together = text_results(found, learned_bytes(test, layout.tokenizer))
+        loss = found.losses.get("next_token", 0.0)
+    elif isinstance(engine.system, PooledSystem):
         found = means(engine, layout, batches())
         together = {f"test_{name}": value for name, value in {**found.losses, **found.metrics}.items()}
         loss = found.losses.get("next_token", 0.0)
@@ -409,7 +459,7 @@ def final_evaluation(
     }
     if not layout.media():
         engine.system.train()
-        return {"test_loss": loss, "perplexity": math.exp(loss), **result}
+        return {"test_loss": loss, **result}
     result |= {"caption_loss": loss, "shuffled_loss": caption_loss(engine, layout, batches(), shuffled=True)}
     if candidates and "image" in layout.media():
         groups = list(blocks(captioned_pictures(test, layout, seed), candidates))

@@ -256,12 +256,13 @@ def _initial_systems(config: Run) -> Iterator[tuple[Run, System]]:
     trained: dict[str, str] = {}
     for run, (_, convert) in zip(config.stage_runs(), names, strict=True):
         train = run.train
+        start = train.branch or train.init_from
         torch.manual_seed(run.seed)  # as the trainer does: a tower of random weights is that of the run
-        system: System = run.model.build(before is None and train.init_from is None)
+        system: System = run.model.build(before is None and start is None)
         if before is not None:
             take_over(system, checkpoint.model_tensors(before), convert, "the stage before")
-        elif train.init_from is not None:
-            tensors, where = initial_tensors(train.init_from)
+        elif start is not None:
+            tensors, where = initial_tensors(start)
             take_over(system, tensors, convert, where)
         for tower in getattr(system, "media_towers", {}).values():
             for name, _ in getattr(system, tower.name).named_parameters():

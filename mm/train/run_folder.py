@@ -23,8 +23,12 @@ MAY_CHANGE = (
     "train.epochs", "train.optimizer.lr", "train.micro_batch", "train.engine", "train.blocks",
     "train.activation_checkpointing", "train.compile", "train.device", "train.log_every", "train.save_every",
     "train.keep", "train.keep_every", "train.async_save", "train.hang_timeout", "train.profile", "train.trackers",
-    "evaluation",
+    "train.schedule.anneal", "evaluation",
 )  # fmt: skip
+
+# What else may differ where a run branches off from another, and where its data begin anew.
+BRANCH = ("train.branch", "train.branch_data")
+OTHER_DATA = ("data", "train.batch_tokens")
 
 # What a run that has not begun to train may have left in its folder.
 FILES = {
@@ -41,7 +45,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def open(self, config: Run, resume: bool) -> Path | None:
-        """Refuse a folder with another run in it; returns the newest checkpoint to go on from, if any.
+        """Refuse a folder with another run in it; returns the checkpoint to go on from, if any: the newest, or
+        that of the run that this one branches off from.
 
         A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
         """
@@ -55,15 +60,31 @@ class RunFolder:
             self._check_same_run(config)
         elif self.path.is_dir() and any(path.name.removeprefix(".") not in FILES for path in self.path.iterdir()):
             raise ConfigError(f"{self.path}: is not empty and not a run; choose another folder with out=DIR")
+        start = self._branching_off(config) if newest is None and config.train.branch is not None else newest
         self.path.mkdir(parents=True, exist_ok=True)
-        return newest
+        return start
+
+    def holds(self, saved: Path) -> bool:
+        """Whether a checkpoint is this run's own."""
+        return saved.parent == self.checkpoints
+
+    def _branching_off(self, config: Run) -> Path:
+        train = config.train
+        assert train.branch is not None
+        folder = checkpoint.find(train.branch.expanduser())
+        may = (*MAY_CHANGE, *BRANCH, *(OTHER_DATA if train.branch_data == "anew" else ()))
+        if changed := _changed(checkpoint.read_state(folder)["config"], config, may):
+            other = any(_within(key, one) for key in changed for one in OTHER_DATA)
+            raise CheckpointError(
+                f"train.branch: {folder} is of a run with another {', '.join(changed[:4])}; set it as there, "
+                + ("or train.branch_data=anew, " if other else "")
+                + "or begin a run with its weights: train.init_from"
+            )
+        return folder
 
     def _check_same_run(self, config: Run) -> None:
         saved = yaml.safe_load((self.path / "config.yaml").read_text())
-        changed = [
-            key for key in _differences(saved, config.resolved()) if not any(_within(key, may) for may in MAY_CHANGE)
-        ]
-        if changed:
+        if changed := _changed(saved, config, MAY_CHANGE):
             raise CheckpointError(
                 f"{self.path}: cannot resume with another {', '.join(changed[:4])}; set it back as in "
                 f"{self.path / 'config.yaml'}, or start a new run with out=DIR"
@@ -84,6 +105,11 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         with atomic(self.path / name) as file:
             file.write(text.encode())
+
+
+def _changed(saved: dict[str, Any], config: Run, may: Sequence[str]) -> list[str]:
+    """The keys that differ though they may not."""
+    return [key for key in _differences(saved, config.resolved()) if not any(_within(key, one) for one in may)]
 
 
 def _within(key: str, may: str) -> bool:

@@ -1,7 +1,7 @@
 """Stages: the parts of a run, each with its own data, freezing, schedule and length. A plain run is one stage.
 
 A stage starts from the weights that the one before ended with, read from its last checkpoint, so that going from stage
-to stage and resuming are the same thing.
+to stage and resuming are the same thing. Where it keeps the optimizer, moments are read from there too.
 """
 
 import importlib
@@ -23,10 +23,12 @@ from mm.data.prepare import open_splits
 from mm.errors import CheckpointError, ConfigError
 from mm.models import released
 from mm.models.system import System
+from mm.settings import merge
 from mm.train import checkpoint
 from mm.train.config import Run, StageSettings, TrainConfig
 from mm.train.distributed import World
 from mm.train.lora import apply_lora, merge_lora
+from mm.train.schedules import AnnealConfig, spans
 
 
 @dataclass(slots=True)
@@ -47,6 +49,11 @@ class Stage:
     steps: int
     """No more than the packs of a finite mixture are for."""
     packs_per_epoch: float
+    keep_optimizer: bool = False
+    schedule_first: int = 0
+    """The step of its schedule that it begins with: not 0 where it counts on."""
+    schedule_steps: int = 0
+    """Of all stages that share the schedule."""
 
     @property
     def rows(self) -> int:
@@ -60,6 +67,12 @@ def open_stages(config: Run, world: World, pin_memory: bool, progress: Callable[
     settings: list[StageSettings | None] = [*config.stages] or [None]
     for run, stage in zip(config.stage_runs(), settings, strict=True):
         found.append(_open(run, stage, found, world, pin_memory, progress))
+    counts_on = [stage is not None and stage.counts_on for stage in settings]
+    over = spans(counts_on, [stage.steps for stage in found])
+    for one, (first, steps) in zip(found, over, strict=True):
+        one.schedule_first, one.schedule_steps = first, steps
+        for key, text in one.config.train.schedule.problems(steps):
+            raise ConfigError(f"train.schedule.{key}: {text}")
     return found
 
 
@@ -111,7 +124,8 @@ def _open(
         _check_carries_on(name, before, config, splits["train"])
         first = before[-1].first + before[-1].steps * before[-1].rows
     steps = count_steps(train, loader.mixture.total(), loader.rows, packs, first)
-    return Stage(len(before), name, config, convert, carry_on, layout, splits, loader, first, steps, packs)
+    kept = settings is not None and settings.keep_optimizer
+    return Stage(len(before), name, config, convert, carry_on, layout, splits, loader, first, steps, packs, kept)
 
 
 def _together(config: Run) -> int:
@@ -172,6 +186,23 @@ def count_steps(train: TrainConfig, total: int | None, rows: int, packs_per_epoc
     return most
 
 
+def check_anneal(stage: Stage, state: dict[str, Any]) -> None:
+    """Raise `ConfigError` where steps that are behind a checkpoint with this state would have had other rates: the
+    annealing is set otherwise now."""
+    saved = state["config"]
+    own = saved["stages"][stage.number]["train"] if saved["stages"] else {}
+    before = merge(saved["train"], own)["schedule"].get("anneal")
+    was = AnnealConfig.model_validate(before) if before else None
+    now: AnnealConfig | None = getattr(stage.config.train.schedule, "anneal", None)
+    reached = stage.schedule_first + state["progress"]["stage_step"]
+    first = min([one.at for one in (was, now) if one is not None], default=reached)
+    if was != now and first < reached:
+        raise ConfigError(
+            f"train.schedule.anneal: would change the rates from step {first} on, and {reached} have been taken; begin "
+            f"at {reached} or later, or set train.branch to an older checkpoint, in a run of its own"
+        )
+
+
 def trained_system(config: Run, folder: Path, ema: bool = True) -> System:
     """The model of a checkpoint, on the CPU and whole, with adapters merged; `config` is that of its stage.
 
@@ -212,6 +243,29 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
         *(f"{name} starts anew: not in {where}" for name in own if name not in taken),
         *(f"{name} of {where} has no place in this model" for name in tensors if name not in own),
     ]
+
+
+def having_moments(system: nn.Module, saved: dict[str, tuple[int, ...]]) -> tuple[set[str], list[str]]:
+    """The trained parameters that a checkpoint has moments for, by name and shape, and those that start anew.
+
+    saved: shapes of the checkpoint's tensors by name.
+    """
+    known = {parameter_of(name) for name in saved if name.startswith("optimizer.")}
+    kept: set[str] = set()
+    new: list[str] = []
+    for name, parameter in system.named_parameters():
+        if parameter.requires_grad:
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed empties what it divides
+            if name in known and saved[f"model.{name}"] == shape:
+                kept.add(name)
+            else:
+                new.append(name)
+    return kept, new
+
+
+def parameter_of(moment: str) -> str:
+    """The parameter of `optimizer.NAME.MOMENT`."""
+    return moment.removeprefix("optimizer.").rpartition(".")[0]
 
 
 def _resampled(system: nn.Module, name: str, old: Tensor, new: Tensor, where: str) -> Tensor:

@@ -43,7 +43,16 @@ from mm.train.metrics import MetricsLog, Throughput, check_trackers
 from mm.train.params import freeze, parameter_groups
 from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
-from mm.train.stages import Stage, initial_tensors, open_stages, take_over, trained_system
+from mm.train.stages import (
+    Stage,
+    check_anneal,
+    having_moments,
+    initial_tensors,
+    open_stages,
+    parameter_of,
+    take_over,
+    trained_system,
+)
 from mm.train.step import Counted, Done, Stepper, count, counted
 
 
@@ -169,14 +178,22 @@ class Trainer:
         return newest, open_stages(self.config, self.world, pin_memory, self.watcher.packing)
 
     def _run(self, newest: Path | None) -> dict[str, Any]:
+        first = 0
+        if newest is not None:
+            state = checkpoint.read_state(newest)
+            reached = Progress(**state["progress"])
+            check_anneal(self.stages[reached.stage], state)
+            finished = self._finished(reached)
+            first = reached.stage + (finished and reached.stage + 1 < len(self.stages))
+            if not self.folder.holds(newest):
+                if finished and first == reached.stage:
+                    raise ConfigError(f"train.branch: {newest} is the end of that run; raise train.max_steps to go on")
+                self.watcher.event(f"branching off from {newest} after step {reached.step}")
+        self.start = newest
         if self.world.main:
             data = {stage.name: {split: d.about for split, d in stage.splits.items()} for stage in self.stages}
             self.folder.write_json("data.json", data if self.config.stages else data[""])
             self.folder.write_config(self.config)
-        first = 0
-        if newest is not None:
-            reached = Progress(**checkpoint.read_state(newest)["progress"])
-            first = reached.stage + (reached.stage + 1 < len(self.stages) and self._finished(reached))
         for stage in self.stages[first:]:
             if self.progress.step:
                 self.engine.close()
@@ -235,11 +252,11 @@ class Trainer:
             assert newest is not None
             self._restore(stage, newest)
             self.watcher.event(f"resuming after step {self.progress.step} from {newest}")
-        elif stage.carry_on:
-            assert state is not None
-            # Steps to be passed over were counted in rows of the stage before.
-            stage.loader.load_state_dict({**state["loader"], "passed_over": []})
-            self.watcher.event(f"the data go on behind {state['loader']['mixture']['position']:,} packs")
+        elif newest is not None:
+            self._go_on(stage, newest)
+        elif train.init_optimizer:
+            assert train.init_from is not None
+            self._take_moments(stage, checkpoint.find(train.init_from.expanduser()))
         if self.aside:
             self.aside.attach(stage.splits, stage.layout, config)
             self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
@@ -270,6 +287,42 @@ class Trainer:
         left = take_over(system, tensors, stage.convert, where)
         self.watcher.event(f"weights from {where}" + (f"; {len(left)} tensors differ: {left[0]}" if left else ""))
 
+    def _go_on(self, stage: Stage, newest: Path) -> None:
+        """What a stage takes over from the one before besides weights."""
+        if stage.carry_on:
+            loader = checkpoint.read_state(newest)["loader"]
+            # Steps to be passed over were counted in rows of the stage before.
+            stage.loader.load_state_dict({**loader, "passed_over": []})
+            self.watcher.event(f"the data go on behind {loader['mixture']['position']:,} packs")
+        if stage.keep_optimizer:
+            self._take_moments(stage, newest, self.ema)
+
+    def _take_moments(self, stage: Stage, folder: Path, ema: EMA | None = None) -> None:
+        """Of another stage or run, with averages of its weights. Parameters that are new or of another shape start
+        anew."""
+        saved = checkpoint.described(folder)
+        kept, new = having_moments(self.system, saved)
+        deepspeed = self.engine.kind == "deepspeed"
+        if deepspeed and (new or stage.convert):
+            # It has one count of steps for all parameters of a flat tensor, and loads the weights along.
+            raise ConfigError(
+                "train.engine.kind deepspeed takes over the moments of all trained parameters or of none: "
+                + (f"{new[0]} has none in {folder}" if new else "stages.convert changes the model")
+                + "; use fsdp"
+            )
+        moments = {name for name in saved if name.startswith("optimizer.") and parameter_of(name) in kept}
+        tensors = self.engine.tensors_to_load(moments)
+        if not deepspeed:
+            tensors = {name: tensor for name, tensor in tensors.items() if name in moments}
+        if ema is not None:
+            tensors |= {name: one for name, one in ema.tensors().items() if saved.get(name) == tuple(one.shape)}
+        state = checkpoint.load(folder, tensors, all_of_a_kind=False)
+        self.engine.loaded(tensors)
+        if ema is not None and state["ema"]:
+            ema.load_state_dict(state["ema"])
+        left = f"; {len(new)} start anew: {new[0]}" if new else ""
+        self.watcher.event(f"the moments of {len(kept)} parameters go on from {folder}{left}")
+
     def _restore(self, stage: Stage, folder: Path) -> None:
         tensors = self.engine.tensors_to_load(set(checkpoint.described(folder)))
         tensors |= self.ema.tensors() if self.ema else {}
@@ -277,8 +330,11 @@ class Trainer:
         state = checkpoint.load(folder, tensors)
         self.engine.loaded(tensors)
         self.progress = Progress(**state["progress"])
-        stage.loader.load_state_dict(state["loader"])
-        self.guard.load_state_dict(state["guard"])
+        if self.folder.holds(folder) or stage.config.train.branch_data == "carry_on":
+            stage.loader.load_state_dict(state["loader"])
+            self.guard.load_state_dict(state["guard"])
+        else:
+            self.watcher.event("the data begin anew")
         if self.ema:
             self.ema.load_state_dict(state["ema"])
 
@@ -302,8 +358,9 @@ class Trainer:
                         self.progress.ended = True
                         self._save(stage)
                         break
-                    self.system.begin_step(self.progress.stage_step, stage.steps)
-                    lr = train.optimizer.lr * train.schedule.factor(self.progress.stage_step, stage.steps)
+                    position = stage.schedule_first + self.progress.stage_step
+                    self.system.begin_step(position, stage.schedule_steps)
+                    lr = train.optimizer.lr * train.schedule.factor(position, stage.schedule_steps)
                     done = self.stepper(batches, totals, self.progress.step, lr)
                     if not done.verdict.accept and self._skipped(stage, batches, totals, done):
                         log = self._reopen(log, stage)
@@ -336,7 +393,7 @@ class Trainer:
             self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
             last = last or self.progress.ended
         if last or evaluated or _due(step, train.log_every):
-            row |= timer.read()
+            row |= self.stepper.shares() | timer.read()
             self.progress.seconds += row.pop("seconds")
             if log is not None:
                 log.write({**row, "elapsed": round(self.progress.seconds, 3)})
@@ -421,7 +478,8 @@ class Trainer:
     def _rewind(self, stage: Stage) -> None:
         """Back to the newest checkpoint of this stage, and past the packs of the steps that were skipped just now."""
         self.checkpoints.wait()
-        newest = self.world.gather(checkpoint.newest(self.folder.checkpoints))[0]
+        branched = self.start if stage.config.train.branch_data == "carry_on" else None
+        newest = self.world.gather(checkpoint.newest(self.folder.checkpoints) or branched)[0]
         usable = newest is not None and checkpoint.read_state(newest)["progress"]["stage"] == stage.number
         if self.guard.exhausted or not usable:
             raise MMError(
@@ -496,10 +554,15 @@ class Trainer:
     def _validate(self, stage: Stage) -> dict[str, float]:
         self.system.eval()
         with self._averaged():
-            found = evaluate.means(self.engine, stage.layout, self._pass(stage, "validation"))
+            sources = list(stage.splits["validation"].about["ledger"])
+            found = evaluate.means(self.engine, stage.layout, self._pass(stage, "validation"), sources)
         self.system.train()
         several = {**(found.losses if len(self.system.weights) > 1 else {}), **found.metrics}
-        return {"validation_loss": found.loss, **{f"validation/{name}": value for name, value in several.items()}}
+        return {
+            "validation_loss": found.loss,
+            **{f"validation_loss/{name}": loss for name, (loss, _) in found.sources.items() if len(found.sources) > 1},
+            **{f"validation/{name}": value for name, value in several.items()},
+        }
 
     def _pass(self, stage: Stage, split: Split) -> Iterator[PackedBatch]:
         data, rows = stage.config.data, stage.config.evaluation.micro_batch
