@@ -183,9 +183,9 @@ def ledger_rows(about: dict[str, Any], written: dict[str, dict[str, int]] | None
         tokens = n["segment_tokens"]
         media = sum(n[f"{kind}_tokens"] for kind in ("image", "audio", "video"))
         sums = {
-            "(samples − filtered − quarantined) × visits + extra pieces = segments + too long": (
+            "(samples − filtered − quarantined) × visits + extra pieces = segments + too long + unlearned": (
                 (n["samples"] - n["filtered"] - n["quarantined"]) * visits + n["pieces"],
-                n["segments"] + n["too_long"],
+                n["segments"] + n["too_long"] + n["unlearned"],
             ),
             "text + media tokens = segment tokens": (n["text_tokens"] + media, tokens),
             "learned + masked tokens = segment tokens": (n["loss_tokens"] + n["masked_tokens"], tokens),

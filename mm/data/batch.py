@@ -403,6 +403,7 @@ def lay_out(
 
 def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.ndarray]) -> None:
     ids, labels, segment_ids, positions, modality = (arrays[name] for name in ROWS)
+    meta = settings.layout.meta_tokens
     ids[:] = settings.layout.pad
     labels[:] = IGNORE
     for array in (segment_ids, positions, modality):
@@ -413,6 +414,11 @@ def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.n
             raise DataError(f"{pack.segments[0].id}: its pack of {n} tokens does not fit in rows of {ids.shape[1]}")
         ids[row, :n] = pack.tokens
         positions[row, :n] = np.arange(n)
+        before = np.arange(n)  # the position that predicts what follows a position
+        if meta is not None:
+            silent = pack.tokens == meta.id
+            silent[[segment.start for segment in pack.segments]] = False
+            before = np.maximum.accumulate(np.where(silent, 0, before))
         for number, segment in enumerate(pack.segments):
             stop = segment.start + segment.length
             segment_ids[row, segment.start : stop] = number + 1
@@ -420,7 +426,7 @@ def _lay_tokens(packs: list[Pack], settings: RowSettings, arrays: dict[str, np.n
                 positions[row, segment.start : stop] -= segment.start
             for a, b in segment.loss:
                 first = max(a, segment.start + 1)
-                labels[row, first - 1 : b - 1] = ids[row, first:b]
+                labels[row, before[first - 1 : b - 1]] = ids[row, first:b]
         for one in pack.media:
             modality[row, settings.layout.span(one.kind, one.position, one.length)] = MODALITIES[one.kind]
 

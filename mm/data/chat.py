@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from mm.data.layout import Layout
-from mm.data.sample import Media, Role, Special, Text, Tokens, Turn
+from mm.data.sample import Media, Metadata, Role, Special, Text, Tokens, Turn
 from mm.errors import ConfigError, DataError
 
 START, END = "<|im_start|>", "<|im_end|>"
 
-Spelt = Text | Tokens | Special | Media
+Spelt = Text | Tokens | Special | Metadata | Media
 """What stands in the row, in order."""
 Turns = list[tuple[Role, list[Spelt]]]
 

@@ -33,6 +33,8 @@ def _problems(pack: Pack, row: dict[str, Any], capacities: dict[str, int]) -> It
         end = segment.start + segment.length
         if any(not segment.start <= a < b <= end for a, b in segment.loss):
             yield f"segment {segment.id} learns outside itself: {segment.loss}"
+        if segment.metadata and not segment.start <= segment.metadata[0] < segment.metadata[1] <= end:
+            yield f"segment {segment.id} has metadata outside itself: {segment.metadata}"
         if segment.source != row["source"]:
             yield f"segment {segment.id} is of source {segment.source}, the index says {row['source']}"
     for one in pack.media:
@@ -46,6 +48,7 @@ def _problems(pack: Pack, row: dict[str, Any], capacities: dict[str, int]) -> It
         "segments": len(pack.segments),
         "tokens": len(pack.tokens),
         "loss_tokens": sum(b - max(a, one.start + 1) for one in pack.segments for a, b in one.loss),
+        "metadata_tokens": sum(one.metadata[1] - one.metadata[0] for one in pack.segments if one.metadata),
         **dict.fromkeys(COSTS, 0),
         "audio_samples": sum(one.plan.get("samples", 0) for one in pack.media if one.kind == "audio"),
     }

@@ -54,6 +54,7 @@ def summary(dataset: PackedDataset) -> dict[str, Any]:
         "audio_seconds": round(seconds_of_samples(about, int(_column(index, "audio_samples").sum())), 1),
         "loss_tokens": loss_tokens,
         "loss_share": round(loss_tokens / tokens, 6),
+        "metadata_tokens": int(_column(index, "metadata_tokens").sum()),
         "segment_length": _percentiles(_segment_lengths(dataset)),
         "row_fill": _percentiles(_column(index, "tokens") / context_length),
         "codes": [
@@ -165,8 +166,8 @@ def _thumbnail(media: PackedMedia) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Text between media, one medium, or a token around one (`mark`), in a segment's order. `learned`: the loss is on
-    it."""
+    """Text between media, `metadata`, one medium, or a token around one (`mark`), in a segment's order. `learned`: the
+    loss is on it."""
 
     text: str
     learned: bool
@@ -188,7 +189,7 @@ class _Segment:
     @property
     def words(self) -> str:
         """What shows when the pointer rests on it."""
-        text = "".join(piece.text for piece in self.pieces if piece.kind == "text").strip()
+        text = "".join(piece.text for piece in self.pieces if piece.kind in ("text", "metadata")).strip()
         counts = f"{self.id}: {self.length} tokens, {self.loss_tokens} learned"
         return f"{counts}\n{text}" if text else counts
 
@@ -281,7 +282,7 @@ def _pieces(pack: Pack, index: int, tokenizer: Tokenizer, marks: dict[int, str])
     segment = pack.segments[index]
     media = {one.position: one for one in pack.media if one.segment == index and one.length}
     edges = {segment.start, segment.start + segment.length}
-    edges |= {edge for span in segment.loss for edge in span}
+    edges |= {edge for span in (*segment.loss, segment.metadata or ()) for edge in span}
     edges |= {edge for one in media.values() for edge in (one.position, one.position + one.length)}
     own = range(segment.start, segment.start + segment.length)
     edges |= {edge for place in own if int(pack.tokens[place]) in marks for edge in (place, place + 1)}
@@ -293,7 +294,8 @@ def _pieces(pack: Pack, index: int, tokenizer: Tokenizer, marks: dict[int, str])
         elif (mark := marks.get(int(pack.tokens[start]))) is not None:
             pieces.append(_Piece(mark, learned, "mark"))
         elif text := tokenizer.decode(pack.tokens[start:stop].tolist()):
-            pieces.append(_Piece(text, learned))
+            is_metadata = segment.metadata is not None and segment.metadata[0] <= start < segment.metadata[1]
+            pieces.append(_Piece(text, learned, "metadata" if is_metadata else "text"))
     return pieces
 
 
@@ -303,6 +305,7 @@ def _ledger(dataset: PackedDataset) -> list[dict[str, Any]]:
         "segments": "segments",
         "segment_tokens": "tokens",
         "loss_tokens": "loss_tokens",
+        "metadata_tokens": "metadata_tokens",
         **{name: name for kind in ("image", "audio", "video") for name in (kind, f"{kind}_tokens")},
         "audio_samples": "audio_samples",
     }

@@ -22,9 +22,9 @@ from mm.data.sample import Media, Part, Sample, Special, Text, Window, keyed_rng
 from mm.data.shards import Folder, Group, Shard, folders_with
 from mm.data.sources import (
     MEDIA_EXTENSIONS,
+    DocumentsConfig,
+    DocumentsSource,
     Fields,
-    FilesConfig,
-    FilesSource,
     check_length,
     check_text,
     decoded_picture,
@@ -69,7 +69,7 @@ class WindowConfig(Section):
     without."""
 
 
-class InterleavedConfig(FilesConfig):
+class InterleavedConfig(DocumentsConfig):
     """Documents of text and media in order: `KEY.json`, with media in base64 or as members `KEY.NAME`.
 
     `parts`: a list of `{"text": …}`, `{"image": "0000.png"}`, `{"audio": …}`, `{"video": …}` (names of members).
@@ -116,7 +116,7 @@ class PackedJsonConfig(InterleavedConfig):
         return PackedJson(self, root)
 
 
-class Interleaved(FilesSource):
+class Interleaved(DocumentsSource):
     """See `InterleavedConfig`."""
 
     chunks_from = 0
@@ -168,18 +168,17 @@ class Interleaved(FilesSource):
             return join([part for place in places for part in place], between, token)
 
         reverse = config.reverse if is_obelics else 0.0
-        return [
-            Sample(
-                id,
-                spelt(kept),
-                {k: v for k, v in fields.items() if isinstance(v, str | int | float)},
-                left_out + len(places) - len(kept),
-                reverse=reverse,
-                backwards=spelt(kept[::-1]) if reverse else (),
-                learn_after_media=config.learn == "after_media",
-                window=self._window,
-            )
-        ]
+        sample = Sample(
+            id,
+            spelt(kept),
+            {k: v for k, v in fields.items() if isinstance(v, str | int | float)},
+            left_out + len(places) - len(kept),
+            reverse=reverse,
+            backwards=spelt(kept[::-1]) if reverse else (),
+            learn_after_media=config.learn == "after_media",
+            window=self._window,
+        )
+        return [self._conditioned(sample, fields, where)]
 
 
 def _joined(parts: list[Part], between: str, token: str) -> tuple[Part, ...]:

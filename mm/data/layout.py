@@ -188,6 +188,25 @@ class FeatureShape:
 
 
 @dataclass(frozen=True, slots=True)
+class MetaTokens:
+    """Tokens that stand at random places of a document and are no text (2509.16278): `rate` of them for each token."""
+
+    id: int
+    rate: float
+
+    def count(self, tokens: int) -> int:
+        """Of a document with so many tokens."""
+        return round(self.rate * tokens)
+
+    def room(self, length: int) -> int:
+        """Tokens of the longest document that has no more than `length` with these."""
+        tokens = length
+        while tokens + self.count(tokens) > length:
+            tokens -= 1
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Tokenizer, template, pad id, and what media cost; a medium without a layout is one the model does not take."""
 
@@ -199,6 +218,8 @@ class Layout:
     video: VideoLayout | None = None
     features: dict[str, FeatureShape] = field(default_factory=dict)
     """Media whose features are read instead of being decoded."""
+    meta_tokens: MetaTokens | None = None
+    """Tokens that are put into documents when these are scanned."""
 
     def media(self) -> tuple[str, ...]:
         """The media that the model takes."""
@@ -234,6 +255,7 @@ class Layout:
             "image": image and image.describe(),
             "audio": audio and asdict(audio),
             "video": video and video.describe(),
+            "meta_tokens": self.meta_tokens and asdict(self.meta_tokens),
         }
 
     def fingerprint(self) -> str:

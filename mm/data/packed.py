@@ -32,11 +32,11 @@ from mm.page import seconds_of_samples
 if TYPE_CHECKING:
     from mm.data.features import Beside
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 OPEN_FILES = 64
 DROPPED = "dropped.txt"
 ABOUT = ("layout", "settings", "packs", "ledger", "provenance")
-TOTALS = ("tokens", "loss_tokens", *COSTS, "audio_samples")
+TOTALS = ("tokens", "loss_tokens", "metadata_tokens", *COSTS, "audio_samples")
 """What the index sums over the segments of a pack. Samples of sound are counted at the rate of the layout."""
 INDEX = pa.schema(
     [
@@ -50,13 +50,15 @@ INDEX = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class PackedSegment:
-    """A segment's place in its row. `loss`: half-open spans of row positions."""
+    """A segment's place in its row. `loss`: half-open spans of row positions; `metadata`: one, of what is said of the
+    document in front of it."""
 
     id: str
     source: str
     start: int
     length: int
     loss: tuple[tuple[int, int], ...]
+    metadata: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ def join_segments(items: list[tuple[str, str, Segment]]) -> Pack:
     start = 0
     for number, (id, source, segment) in enumerate(items):
         loss = tuple((start + a, start + b) for a, b in segment.loss)
-        segments.append(PackedSegment(id, source, start, len(segment), loss))
+        metadata = (start + segment.metadata[0], start + segment.metadata[1]) if segment.metadata else None
+        segments.append(PackedSegment(id, source, start, len(segment), loss, metadata))
         for one in segment.media:
             place = (start + one.position, one.length, one.cost)
             media.append(PackedMedia(one.kind, number, *place, one.media.ext, one.media.read(), one.plan))
@@ -160,7 +163,8 @@ def members_of(pack: Pack) -> dict[str, bytes]:
         members[member] = one.data
         described = {k: getattr(one, k) for k in ("kind", "segment", "position", "length", "cost")}
         media.append({**described, "member": member, **({"plan": one.plan} if one.plan else {})})
-    layout = {"segments": [{k: getattr(segment, k) for k in SEGMENT} for segment in pack.segments], "media": media}
+    segments = [{k: value for k in SEGMENT if (value := getattr(segment, k)) is not None} for segment in pack.segments]
+    layout = {"segments": segments, "media": media}
     ids = io.BytesIO()
     np.save(ids, pack.tokens, allow_pickle=False)
     members["json"] = json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode()
@@ -412,10 +416,11 @@ def parse_pack(data: bytes, media: bool = True) -> Pack:
     layout = json.loads(members["json"])
     segments = tuple(
         PackedSegment(
-            s["id"], s["source"], int(s["start"]), int(s["length"]), tuple((int(a), int(b)) for a, b in s["loss"])
+            s["id"], s["source"], int(s["start"]), int(s["length"]), tuple((int(a), int(b)) for a, b in s["loss"]),
+            (int(s["metadata"][0]), int(s["metadata"][1])) if "metadata" in s else None,
         )
         for s in layout["segments"]
-    )
+    )  # fmt: skip
     found = tuple(
         PackedMedia(
             m["kind"], int(m["segment"]), int(m["position"]), int(m["length"]), int(m["cost"]),

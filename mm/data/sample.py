@@ -39,6 +39,14 @@ class Special:
     loss: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What is said of a document in front of it: read, not learned, and tokenised apart (`mm.data.metadata`)."""
+
+    text: str
+    loss: bool = False
+
+
 class Stored(Protocol):
     """Bytes that lie in a shard and are read when they are asked for."""
 
@@ -92,7 +100,7 @@ class Turn:
     role: Role
 
 
-Visible = Text | Tokens | Special | Media | Turn
+Visible = Text | Tokens | Special | Metadata | Media | Turn
 Part = Visible | Choice
 Chat = Literal["chatml", "release", "fixed", "plain"]
 """How the turns of a conversation are spelt: see `mm.data.chat`."""
@@ -129,6 +137,10 @@ class Sample:
     learn_after_media: bool = False
     """Text is learned behind a medium only, up to the next special token."""
     window: Window | None = None
+    metadata: Metadata | None = None
+    """Stands in front of all parts. Without text: the source asks for it, and this document has none."""
+    metadata_share: float = 1.0
+    """Chance that a visit sees it."""
 
     def drawn(self, seed: int, visit: int) -> tuple[Visible, ...]:
         """The parts with every choice made, and in order: a pure function of (seed, visit, id).
@@ -149,6 +161,9 @@ class Sample:
                 parts.insert(first, Text(" "))
         if self.text_first and keyed_rng(seed, visit, self.id, "text first").random() < self.text_first:
             parts.sort(key=lambda part: isinstance(part, Media))  # stable: else the order stays
+        if self.metadata and self.metadata.text:
+            draw = keyed_rng(seed, visit, self.id, "metadata").random()
+            parts[:0] = [self.metadata] if draw < self.metadata_share else []
         return tuple(parts)
 
 

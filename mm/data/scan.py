@@ -41,12 +41,13 @@ from mm.data.tokens import (
     split_turns,
     split_units,
     window_of,
+    with_meta_tokens,
 )
 from mm.errors import DataError
 from mm.files import atomic
 
 BATCH, BATCH_TOKENS = 1024, 1 << 22  # what is kept of segments before it is written, whichever comes first
-COUNTED = ("tokens", "loss_tokens", "inserted_tokens", *COSTS)
+COUNTED = ("tokens", "loss_tokens", "inserted_tokens", "metadata_tokens", *COSTS)
 MEDIUM = pa.struct(
     [
         *((name, pa.string()) for name in ("kind", "ext", "plan", "file")),
@@ -64,15 +65,16 @@ SEGMENTS = pa.schema(
         ("media_bytes", pa.int64()),
         ("ids", pa.list_(pa.int32())),
         ("loss", pa.list_(pa.int32())),
+        ("metadata", pa.list_(pa.int32())),
         ("media", pa.list_(MEDIUM)),
     ]
 )
 LEDGER = (
-    "samples", "filtered", "quarantined", "left_out", "pieces", "too_long", "too_long_tokens", "segments",
-    "segment_tokens", "text_tokens",
+    "samples", "filtered", "quarantined", "left_out", "no_metadata", "pieces", "too_long", "too_long_tokens",
+    "unlearned", "unlearned_tokens", "segments", "segment_tokens", "text_tokens",
     *(f"{kind}{what}" for kind in ("image", "audio", "video") for what in ("", "_tokens")),
     "audio_samples",
-    "inserted_tokens", "loss_tokens", "masked_tokens",
+    "inserted_tokens", "metadata_tokens", "loss_tokens", "masked_tokens",
 )  # fmt: skip
 
 
@@ -186,6 +188,8 @@ def _samples(source: Source, local: Path, name: str, limits: Limits) -> Iterator
             if isinstance(group, DataError):
                 yield f"{source.name}/{name}", group
                 continue
+            if not source.holds(group):
+                continue
             id = sample_id(source.name, group)
             is_empty = True
             try:
@@ -204,14 +208,19 @@ def _segments(
 ) -> tuple[list[tuple[str, int, Segment]], dict[str, int]]:
     """The segments of all visits of a sample as (id, visit, segment), and what the ledger says of them.
 
-    A visit has one segment, several where it is split, none where it is too long and dropped.
+    A visit has one segment, several where it is split, none where it is too long and dropped. What is nothing but
+    metadata to the loss, such as a piece of pictures alone, is dropped, too.
     """
     if sample is None:
         return [], {"filtered": 1}
     found: list[tuple[str, int, Segment]] = []
     counts = dict.fromkeys(LEDGER, 0) | {"left_out": sample.left_out}
+    counts["no_metadata"] = int(sample.metadata is not None and not sample.metadata.text)
     read: tuple[Visible, ...] = ()
     document: list[Unit] = []
+    meta, capacities = layout.meta_tokens, settings.capacities
+    if meta is not None:  # they are put in last, where there is room for them
+        capacities["tokens"] = meta.room(settings.context_length)
     for visit in range(settings.visits):
         parts = sample.drawn(settings.seed, visit)
         if len(parts) != len(read) or not all(map(is_, parts, read)):  # else another window of the same
@@ -224,12 +233,14 @@ def _segments(
             units = learned_after_media(units)
         whole = join_units(units)
         costs = {"tokens": len(whole), **costs_of(whole.media)}
-        over = [name for name, most in settings.capacities.items() if costs[name] > most]
+        over = [name for name, most in capacities.items() if costs[name] > most]
         pieces = [whole]
         if over and settings.too_long == "error":
             setting = "data.context_length" if over[0] == "tokens" else f"data.budgets.{over[0]}"
+            beside = " beside meta-tokens" if over[0] == "tokens" and meta is not None else ""
+            most = settings.capacities[over[0]]
             raise TooLong(
-                f"{sample.id}: {costs[over[0]]} {over[0]} do not fit in {setting} = {settings.capacities[over[0]]}; "
+                f"{sample.id}: {costs[over[0]]} {over[0]} do not fit in {setting} = {most}{beside}; "
                 "raise it, or split or leave out such samples with data.too_long=split or drop"
             )
         if over:
@@ -237,15 +248,22 @@ def _segments(
         if over and settings.too_long == "split":
             with contextlib.suppress(DoesNotFit):
                 if is_chat(parts):
-                    pieces = split_turns(parts, layout, sample.id, settings.limits, settings.capacities)
+                    pieces = split_turns(parts, layout, sample.id, settings.limits, capacities)
                 else:
-                    pieces = split_units(units, sample.id, settings.capacities)
+                    pieces = split_units(units, sample.id, capacities)
         if not pieces:
             counts["too_long"] += 1
             counts["too_long_tokens"] += len(whole)
         counts["pieces"] += max(0, len(pieces) - 1)
         for number, piece in enumerate(pieces):
-            found.append((sample.id if len(pieces) == 1 else f"{sample.id}#{number}", visit, piece))
+            if piece.metadata and not piece.loss_tokens:
+                counts["unlearned"] += 1
+                counts["unlearned_tokens"] += len(piece)
+                continue
+            id = sample.id if len(pieces) == 1 else f"{sample.id}#{number}"
+            if meta is not None:
+                piece = with_meta_tokens(piece, layout, keyed_rng(settings.seed, visit, id, "meta-tokens"))
+            found.append((id, visit, piece))
     for _, _, segment in found:
         row = counts_of(segment)
         counts["segments"] += 1
@@ -263,6 +281,7 @@ def counts_of(segment: Segment) -> dict[str, int]:
         "tokens": len(segment),
         "loss_tokens": segment.loss_tokens,
         "inserted_tokens": segment.inserted,
+        "metadata_tokens": segment.metadata_tokens,
         **costs_of(segment.media),
         "audio_samples": sum(one.plan["samples"] for one in segment.media if one.kind == "audio"),
     }
@@ -289,6 +308,7 @@ class _Rows:
                     "media_bytes": sum(one["size"] for one in media),
                     "ids": segment.ids,
                     "loss": [edge for span in segment.loss for edge in span],
+                    "metadata": segment.metadata or [],
                     "media": media,
                 }
             )

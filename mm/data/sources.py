@@ -21,8 +21,9 @@ from pydantic import Field, field_validator
 from mm.data.audio import AUDIO_EXTENSIONS
 from mm.data.limits import Limits
 from mm.data.media import IMAGE_EXTENSIONS, probe_image
+from mm.data.metadata import MetadataConfig, MetadataReader
 from mm.data.remote import file_name, is_remote
-from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Special, Text, Tokens
+from mm.data.sample import Choice, Media, MediaKind, Part, Sample, Special, Text, Tokens, keyed_rng
 from mm.data.shards import Group, Shard, expand, open_shard, stem
 from mm.data.tables import TokenFile, sniff
 from mm.data.video import VIDEO_EXTENSIONS
@@ -54,6 +55,10 @@ class Source(Protocol):
         """The shard in a local file."""
         ...
 
+    def holds(self, group: Group) -> bool:
+        """Whether a group belongs to the source. One of another part of its shards is as if it were not there."""
+        ...
+
     def samples(self, group: Group, limits: Limits) -> Iterable[Sample]:
         """The samples in one group, in a fixed order. One without parts is left out, and so is a group without samples.
 
@@ -73,6 +78,17 @@ class FilesConfig(KindSection):
     """Its name in counts, mixtures and sample ids; by default the folder that the shards are in."""
     columns: dict[str, str] = {}
     """Where a table or JSON calls things otherwise: `{text: sentence, image: photo}`, our name first."""
+    part: tuple[Number, Number] = (0, 1)
+    """Only documents whose place, a number from 0 to 1 drawn by shard and key, is in [from, to). `[0, 0.9]` and
+    `[0.9, 1]` share none and have all between them, whatever the sources are called and whichever splits and stages
+    they are in."""
+
+    @field_validator("part")
+    @classmethod
+    def _is_part(cls, part: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ValueError("a part is [from, to] with 0 <= from < to <= 1, such as [0.9, 1]")
+        return part
 
 
 class FilesSource:
@@ -80,6 +96,7 @@ class FilesSource:
 
     def __init__(self, config: FilesConfig, root: str) -> None:
         self._path, self._columns, self._root = config.path, config.columns, root
+        self._part = config.part
         self.elsewhere: tuple[str, ...] = ()
         self.name = config.name or _folder_name(config.path.replace("{root}", root))
 
@@ -91,6 +108,10 @@ class FilesSource:
 
     def open(self, path: str, limits: Limits) -> Shard:
         return open_shard(path, limits)
+
+    def holds(self, group: Group) -> bool:
+        first, last = self._part
+        return last - first == 1 or first <= keyed_rng(group.shard.name, group.key, "part").random() < last
 
     def _fields(self, group: Group, where: str, limits: Limits) -> Fields:
         """The plain fields of a sample, by our names."""
@@ -115,7 +136,32 @@ class FilesSource:
         return Media(kind, group.members[names[0]], names[0].rpartition(".")[2])
 
 
-class TextTemplates(FilesConfig):
+class DocumentsConfig(FilesConfig):
+    """What sources of documents have."""
+
+    metadata: MetadataConfig | None = None
+    """What stands in front of every document and is read, not learned, such as the host that it is from."""
+
+
+class DocumentsSource(FilesSource):
+    """Puts metadata in front."""
+
+    def __init__(self, config: DocumentsConfig, root: str) -> None:
+        super().__init__(config, root)
+        self._metadata = MetadataReader(config.metadata, root) if config.metadata else None
+        self._share = config.metadata.share if config.metadata else 1.0
+        self.elsewhere = self._metadata.elsewhere if self._metadata else ()
+
+    def _conditioned(self, sample: Sample, fields: Fields, where: str) -> Sample:
+        """The sample with the metadata that its fields say, where the source asks for any."""
+        if self._metadata is None:
+            return sample
+        metadata = self._metadata.of(fields)
+        check_text(Text(metadata.text), where)
+        return replace(sample, metadata=metadata, metadata_share=self._share)
+
+
+class TextTemplates(DocumentsConfig):
     """The texts of a sample, spelt from its fields."""
 
     prompt: str = ""
@@ -140,7 +186,7 @@ class _Given(Fields):
         return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-class TemplatesSource(FilesSource):
+class TemplatesSource(DocumentsSource):
     """Fills in the templates."""
 
     def __init__(self, config: TextTemplates, learned: str, root: str) -> None:
@@ -241,7 +287,8 @@ class Pairs(TemplatesSource):
 
         def sample(id: str, *parts: Part) -> Sample:
             config = self._config
-            return Sample(id, (*parts, *self._end), fields, text_first=config.text_first, blank=config.blank)
+            made = Sample(id, (*parts, *self._end), fields, text_first=config.text_first, blank=config.blank)
+            return self._conditioned(made, fields, where)
 
         if self._timed:
             return [
@@ -324,10 +371,10 @@ class Documents(TemplatesSource):
             fields = {**fields, "text": read_text(group, "txt", where, limits)}
         if not self._wanted(fields):
             return []
-        return [Sample(id, self._texts(fields, where, limits), fields)]
+        return [self._conditioned(Sample(id, self._texts(fields, where, limits), fields), fields, where)]
 
 
-class TokensConfig(FilesConfig):
+class TokensConfig(DocumentsConfig):
     """Text that is tokens already, made with the model's own tokenizer.
 
     `.npy` (one row of integers) or `.bin` (raw), documents ending in `eos`; or rows of jsonl or parquet with
@@ -344,7 +391,7 @@ class TokensConfig(FilesConfig):
         return TokenDocuments(self, root)
 
 
-class TokenDocuments(FilesSource):
+class TokenDocuments(DocumentsSource):
     """See `TokensConfig`."""
 
     def __init__(self, config: TokensConfig, root: str) -> None:
@@ -357,12 +404,13 @@ class TokenDocuments(FilesSource):
     def samples(self, group: Group, limits: Limits) -> list[Sample]:
         id = sample_id(self.name, group)
         where = f"{id} in {group.shard.path}"
-        ids = self._fields(group, where, limits).get("input_ids")
+        fields = self._fields(group, where, limits)
+        ids = fields.get("input_ids")
         if isinstance(ids, list) and {*map(type, ids)} == {int}:
             ids = np.asarray(ids)
         if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
             raise DataError(f"{where}: no `input_ids`; expected a list of token ids")
-        return [Sample(id, (Tokens(ids),))]
+        return [self._conditioned(Sample(id, (Tokens(ids),)), fields, where)]
 
 
 def is_wanted(fields: Fields, only: dict[str, str | list[str]]) -> bool:

@@ -94,6 +94,11 @@ class Tokenizer:
         encoding = self._backend.encode(CLEAN[self._clean](text) if self._clean else text, add_special_tokens=False)
         return encoding.ids, lambda: [start for start, _ in encoding.offsets]
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode(text)`, and the characters, first and behind the last, that every token stands for."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 

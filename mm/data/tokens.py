@@ -2,7 +2,8 @@
 
 The number of placeholder positions comes from the media header, so counting never decodes. A sample is one segment,
 or, where it is longer than a row and may be split, several: a document is cut between sentences where it can be, never
-in media; a conversation between an answer and the next question.
+in media; a conversation between an answer and the next question. Metadata belong to what a document opens with, as its
+begin of text does: every piece and every window has them.
 """
 
 import re
@@ -18,7 +19,7 @@ from mm.data.chat import Spelt, is_chat, spell
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import probe_image
-from mm.data.sample import Media, MediaKind, Special, Text, Tokens, Turn, Visible, Window
+from mm.data.sample import Media, MediaKind, Metadata, Special, Text, Tokens, Turn, Visible, Window
 from mm.data.video import frame_times, probe_video
 from mm.errors import DataError
 
@@ -56,9 +57,15 @@ class Segment:
     media: tuple[SegmentMedia, ...]
     inserted: int = 0
     """Special tokens that the template put in: begin and end of text and of pictures, marks of turns."""
+    metadata: tuple[int, int] | None = None
+    """Half-open span of what is said of the document in front of it."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def metadata_tokens(self) -> int:
+        return self.metadata[1] - self.metadata[0] if self.metadata else 0
 
     @property
     def loss_tokens(self) -> int:
@@ -72,7 +79,7 @@ class Unit:
 
     `starts`: gives the character of `text` that each token starts at. `media`: its position is one in `ids`. `quality`
     [n]: how well the text may be cut before each token, 0 (inside a word) to 4 (a new paragraph). `inserted`: how many
-    of the ids are special tokens of the template.
+    of the ids are special tokens of the template. `metadata`: what is said of the document, which is never cut.
     """
 
     ids: np.ndarray
@@ -82,10 +89,16 @@ class Unit:
     media: SegmentMedia | None = None
     quality: np.ndarray | None = None
     inserted: int = 0
+    metadata: bool = False
+
+    @property
+    def is_around(self) -> bool:
+        """Whether it is none of the document: begin or end of text, metadata."""
+        return self.media is None and (self.metadata or self.inserted > 0)
 
 
 class DoesNotFit(DataError):
-    """A medium that takes more than a whole row."""
+    """A medium, or metadata, that take more than a whole row."""
 
 
 def make_segment(
@@ -94,11 +107,11 @@ def make_segment(
     """Lay out drawn parts by the layout's template.
 
     A document is bos, the parts in order, eos. Text that follows media opens with `template.after_media`; adjacent text
-    with the same `loss` is tokenised as one run. A picture stands between the tokens of `template.around_image`; where
-    the layout says that pictures are learned, these and its placeholders are targets, though not in conversations. The
-    end-of-text token is a target wherever the last text, or such a picture behind it, is. A conversation, which has a
-    `Turn` among its parts, is what `mm.data.chat` makes of it. Not `closed`, the document or the last turn is left
-    open: a conversation that ends with `Turn("assistant")` is a prompt for an answer.
+    with the same `loss` is tokenised as one run, metadata apart. A picture stands between the tokens of
+    `template.around_image`; where the layout says that pictures are learned, these and its placeholders are targets,
+    though not in conversations. The end-of-text token is a target wherever the last text, or such a picture behind it,
+    is. A conversation, which has a `Turn` among its parts, is what `mm.data.chat` makes of it. Not `closed`, the
+    document or the last turn is left open: a conversation that ends with `Turn("assistant")` is a prompt for an answer.
 
     Raises `DataError` for unreadable media.
     """
@@ -109,27 +122,33 @@ def join_units(units: list[Unit]) -> Segment:
     """One segment of all units."""
     loss: list[tuple[int, int]] = []
     media: list[SegmentMedia] = []
+    metadata = None
     at = 0
     for unit in units:
         if unit.media is not None:
             media.append(replace(unit.media, position=at + unit.media.position))
+        if unit.metadata and len(unit.ids):
+            metadata = (at, at + len(unit.ids))
         if unit.loss and len(unit.ids):
             start = loss.pop()[0] if loss and loss[-1][1] == at else at
             loss.append((start, at + len(unit.ids)))
         at += len(unit.ids)
     ids = np.concatenate([unit.ids for unit in units]) if units else np.empty(0, dtype=np.int32)
-    return Segment(ids, tuple(loss), tuple(media), sum(unit.inserted for unit in units))
+    return Segment(ids, tuple(loss), tuple(media), sum(unit.inserted for unit in units), metadata)
 
 
 def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) -> list[Segment]:
     """The units of a document as several segments, each within `capacities` (`tokens`, media by `costs_of`'s names).
 
-    Every piece opens with bos, the last ends with eos; together they hold every token once, in order. A medium that
-    does not fit in a piece of its own raises `DoesNotFit`.
+    Every piece opens with bos and metadata, the last ends with eos; together they hold every other token once, in
+    order. A medium that does not fit in a piece of its own, and metadata that leave no room, raise `DoesNotFit`.
     """
-    inner = [n for n, unit in enumerate(units) if unit.media or not unit.inserted] or [0]
+    inner = [n for n, unit in enumerate(units) if not unit.is_around] or [0]
     opening, closing = units[: inner[0]], units[inner[-1] + 1 :]
-    most = {**capacities, "tokens": capacities["tokens"] - len(opening) - len(closing)}
+    around = sum(len(unit.ids) for unit in (*opening, *closing))
+    most = {**capacities, "tokens": capacities["tokens"] - around}
+    if most["tokens"] < 1:
+        raise DoesNotFit(f"{where}: its metadata leave no room for text in a row of {capacities['tokens']} tokens")
     pieces: list[list[Unit]] = [[]]
     left = dict(most)
     for unit in units[inner[0] : inner[-1] + 1]:
@@ -154,8 +173,8 @@ def split_units(units: list[Unit], where: str, capacities: Mapping[str, int]) ->
 
 
 def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where: str) -> list[Unit]:
-    """The units of a document that one visit sees: what it opens with (begin of text, if not behind media), and what is
-    around a medium that is drawn.
+    """The units of a document that one visit sees: what it opens with (begin of text, if not behind media; metadata),
+    and what is around a medium that is drawn.
 
     This begins up to `window.before` tokens in front of that medium, no other in between, and fewer where media would
     be lost for them that fit without; where the document ends before the window is full, it begins earlier. A medium is
@@ -164,7 +183,7 @@ def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where
 
     Raises `DoesNotFit` where the medium takes more than a window, `DataError` for a document without media.
     """
-    first = next((n for n, unit in enumerate(units) if unit.media or not unit.inserted), 0)
+    first = next((n for n, unit in enumerate(units) if not unit.is_around), 0)
     opening, rest = units[:first], units[first:]
     room = window.tokens - sum(len(unit.ids) for unit in opening)
     edges = [0, *np.cumsum([len(unit.ids) for unit in rest]).tolist()]
@@ -190,6 +209,43 @@ def window_of(units: list[Unit], window: Window, rng: np.random.Generator, where
             ids = unit.ids[max(0, start - begin) : stop - begin]
             seen.append(replace(unit, ids=ids, text=None, starts=None, quality=None))
     return seen
+
+
+def with_meta_tokens(segment: Segment, layout: Layout, rng: np.random.Generator) -> Segment:
+    """The segment with the layout's meta-tokens, as many as it says, at places drawn uniformly from all of the result.
+
+    None stands before the first token or behind the last, in media or in metadata. None is learned: the token behind a
+    run of them is predicted from the token before it (`mm.data.batch`).
+    """
+    meta = layout.meta_tokens
+    assert meta is not None
+    tokens = len(segment)
+    gaps = np.arange(1, tokens)  # before which token
+    whole = [layout.span(one.kind, one.position, one.length) for one in segment.media]
+    whole += [slice(*segment.metadata)] if segment.metadata else []
+    for one in whole:
+        gaps = gaps[(gaps <= one.start) | (gaps >= one.stop)]
+    count = meta.count(tokens) if len(gaps) else 0
+    # Places in what is left of the result without the tokens that no gap is before: as many as gaps and meta-tokens,
+    # less one.
+    places = np.sort(rng.choice(max(len(gaps) + count - 1, 0), count, replace=False))
+    at = gaps[places - np.arange(count)]
+    ids = np.insert(segment.ids, at, meta.id)
+
+    def moved(position: int) -> int:
+        return position + int(np.searchsorted(at, position, side="right"))
+
+    learned = np.zeros(tokens + 1, dtype=bool)
+    for start, stop in segment.loss:
+        learned[start:stop] = True
+    edges = np.flatnonzero(np.diff(np.insert(learned, at, False), prepend=False))
+    return Segment(
+        ids,
+        tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)),
+        tuple(replace(one, position=moved(one.position)) for one in segment.media),
+        segment.inserted + count,
+        segment.metadata and (moved(segment.metadata[0]), moved(segment.metadata[1] - 1) + 1),
+    )
 
 
 def learned_after_media(units: list[Unit]) -> list[Unit]:
@@ -269,6 +325,9 @@ def read_units(
                     f"{len(layout.tokenizer)}: it was tokenised for another model"
                 )
             units.append(Unit(part.ids.astype(np.int32), part.loss))
+        elif isinstance(part, Metadata):
+            ids = layout.tokenizer.encode(part.text)
+            units.append(Unit(np.array(ids, dtype=np.int32), False, metadata=True))
         else:
             ids, starts = layout.tokenizer.encode_placed(part.text)
             units.append(Unit(np.array(ids, dtype=np.int32), part.loss, part.text, starts))
@@ -311,10 +370,11 @@ def _spelt(parts: tuple[Visible, ...], layout: Layout, where: str, closed: bool)
 def _ends_learned(spelt: list[Spelt], layout: Layout) -> bool:
     """Whether the end of a document is: as its last text, or a picture behind that which is learned."""
     for part in reversed(spelt):
-        if not isinstance(part, Media):
+        if isinstance(part, Media):
+            if layout.learns(part.kind):
+                return True
+        elif not isinstance(part, Metadata):
             return part.loss
-        if layout.learns(part.kind):
-            return True
     return True
 
 

@@ -121,7 +121,8 @@ def _segment(row: dict[str, Any], files: "_Files") -> Segment:
         plan = json.loads(one["plan"]) if one["plan"] else {}
         media.append(SegmentMedia(one["kind"], one["position"], one["length"], one["cost"], encoded, plan))
     edges = row["loss"]
-    return Segment(row["ids"], tuple(zip(edges[::2], edges[1::2], strict=True)), tuple(media))
+    metadata = tuple(row["metadata"]) or None
+    return Segment(row["ids"], tuple(zip(edges[::2], edges[1::2], strict=True)), tuple(media), metadata=metadata)
 
 
 class _Files:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from mm.data.builtin import folder
 from mm.data.builtin.build_emoji import LANGUAGES, SHARDS, SIZE, THRESHOLD, concept, key_of, pixel_distances
-from mm.data.builtin.train_tokenizer import SPECIAL
+from mm.data.train_tokenizer import SPECIAL
 
 # The threshold was applied before WebP encoding, which moves the distances of pairs near it by up to 1.9 and
 # those of the closest pairs across splits by less than 0.5.

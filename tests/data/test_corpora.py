@@ -673,6 +673,7 @@ EXPECTED = {
     "debian-text": {"scripture documents": 1189, "dictionary documents": 2356},
     "music": {"clips": 8},
     "clips": {"clips": 9, "timed captions": 7},
+    "pcfg": {"train documents": 50_000, "validation documents": 2500, "test documents": 2500},
 }
 
 

@@ -250,7 +250,7 @@ def test_edited_packs_do_not_follow_the_format(copy: Path, old: bytes, new: byte
     ("change", "words"),
     [
         (lambda about: [], "packed format None"),
-        (lambda about: {**about, "format_version": 1}, "packed format 1, this version of mm reads 4"),
+        (lambda about: {**about, "format_version": 1}, "packed format 1, this version of mm reads 5"),
         (lambda about: {k: v for k, v in about.items() if k != "settings"}, "lacks settings"),
         (lambda about: {**about, "packs": 7}, "dataset.json counts 7 packs"),
     ],
@@ -266,7 +266,7 @@ def test_descriptions_that_do_not_fit_are_refused(
 
 
 def test_incomplete_sets_are_refused(copy: Path, tmp_path: Path) -> None:
-    for name, content in (("index.parquet", b"PAR1"), ("dataset.json", b'{"format_version": 4,')):
+    for name, content in (("index.parquet", b"PAR1"), ("dataset.json", b'{"format_version": 5,')):
         whole = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
         with pytest.raises(DataError, match=r"dataset\.json or index\.parquet is damaged"):

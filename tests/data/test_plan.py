@@ -98,7 +98,8 @@ def test_ledger_closes_against_a_recount(raw: Path, packed: PackedDataset, layou
     (name, ledger), = packed.about["ledger"].items()  # fmt: skip
     assert name == "pictures"
     assert ledger == {
-        "samples": 60, "filtered": 0, "quarantined": 0, "left_out": 0, "pieces": 0, "too_long": 0, "too_long_tokens": 0,
+        "samples": 60, "filtered": 0, "quarantined": 0, "left_out": 0, "no_metadata": 0, "pieces": 0, "too_long": 0,
+        "too_long_tokens": 0, "unlearned": 0, "unlearned_tokens": 0, "metadata_tokens": 0,
         "segments": pictures, "segment_tokens": masked + loss, "text_tokens": masked + loss - 4 * pictures,
         "image": pictures, "image_tokens": 4 * pictures, "audio": 0, "audio_tokens": 0, "video": 0, "video_tokens": 0,
         "audio_samples": 0,
@@ -404,7 +405,7 @@ for number in range(scans):
     columns["id"] = [f"s/{number}/{n}" for n in range(each)]
     columns["visit"] = np.zeros(each, dtype=np.int32)
     columns["tokens"] = rng.integers(20, 2048, each, dtype=np.int32)
-    columns["ids"] = columns["loss"] = columns["media"] = [[]] * each
+    columns["ids"] = columns["loss"] = columns["metadata"] = columns["media"] = [[]] * each
     table = pa.table([pa.array(columns[f.name], type=f.type) for f in SEGMENTS], schema=SEGMENTS)
     with pa.ipc.new_file(str(folder / f"{number}.arrow"), SEGMENTS) as out:
         out.write_table(table)

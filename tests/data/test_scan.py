@@ -271,7 +271,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(
         """A source during whose reading somebody touches the shard."""
 
         def __init__(self, source: Any) -> None:
-            self.name, self.open, self._source = source.name, source.open, source
+            self.name, self.open, self.holds, self._source = source.name, source.open, source.holds, source
 
         def samples(self, group: Any, limits: Limits) -> Any:
             if group.key == "07":

@@ -15,19 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-# Their ids are their places: padding is 0.
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|endofchunk|>", "<s>"]
-CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": "<s>",
-    "eos_token": "<|im_end|>",
-    "pad_token": "<|endoftext|>",
-    "extra_special_tokens": ["<|im_start|>", "<|endofchunk|>"],
-    "clean_up_tokenization_spaces": False,
-    "model_max_length": 1_000_000,
-}
+from mm.data.train_tokenizer import train, write
 
 
 def train_texts(shards: Path) -> Iterator[str]:
@@ -45,21 +33,6 @@ def train_texts(shards: Path) -> Iterator[str]:
                     yield ", ".join(caption["keywords"])
 
 
-def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer with the special tokens first."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on the train captions.")
     parser.add_argument("shards", type=Path, help="folder with train-*.tar.gz")
@@ -67,10 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer files")
     args = parser.parse_args()
     tokenizer = train(train_texts(args.shards), args.vocab_size)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    config = json.dumps(CONFIG, indent=1, ensure_ascii=False) + "\n"
-    (args.out / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    write(tokenizer, args.out)
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
         print(f"the text gives only {size} entries of {args.vocab_size}: every word is one token by now")

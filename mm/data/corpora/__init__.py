@@ -1,4 +1,4 @@
-"""Corpora that a user can build anywhere: real data out of Debian and PyPI packages (docs/corpora.md).
+"""Corpora that a user can build anywhere: real data out of Debian and PyPI packages, and one made up (docs/corpora.md).
 
 A corpus is an entry in a plain dict; the module that builds it is imported when it is built.
 """
@@ -59,5 +59,10 @@ CORPORA = {
     "clips": Corpus(
         "nine short real videos, one of them with timed captions",
         107, 17, "per clip", "", "mm.data.corpora.clips:build",
+    ),
+    "pcfg": Corpus(
+        "documents of a levelled grammar with known latents, for studies of metadata (docs/pcfg.md)",
+        0, 1, "none needed", "", "mm.data.corpora.pcfg:build",
+        {"count": 50_000, "seed": 0, "depth": 3, "symbols": 4, "rules": 3, "conditioned": 0.5},
     ),
 }  # fmt: skip
