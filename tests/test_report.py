@@ -33,7 +33,8 @@ EVAL = {
     "match_accuracy_plain": 0.121, "match_chance": 1 / 32, "test_items": 222,
 }  # fmt: skip
 COUNTS = {
-    "samples": 1700, "filtered": 0, "quarantined": 10, "pieces": 0, "inserted_tokens": 0,
+    "samples": 1700, "filtered": 0, "quarantined": 10, "pieces": 0, "unlearned": 0, "inserted_tokens": 0,
+    "metadata_tokens": 0,
     "audio": 0, "audio_tokens": 0, "audio_samples": 0, "video": 0, "video_tokens": 0,
     "too_long": 5, "too_long_tokens": 900,
     "segments": 1685,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a room may import itself and what stands before it.
 ORDER = ["base", "data", "models", "train", "top", "evals", "cli"]
 BASE = {"mm.errors", "mm.settings", "mm.files", "mm.page", "mm.curves"}
-TOP = {"mm.config", "mm.hub", "mm.report", "mm.compare", "mm.doctor", "mm.display"}
+TOP = {"mm.config", "mm.hub", "mm.report", "mm.compare", "mm.fit", "mm.doctor", "mm.display"}
 
 
 def room(module: str) -> str:

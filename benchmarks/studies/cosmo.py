@@ -41,12 +41,12 @@ from benchmarks.study import Config, Row, Run, Study, train
 from benchmarks.training import CACHE
 from mm.config import RunConfig
 from mm.data.batch import MODALITIES, PackedBatch
-from mm.data.builtin.train_tokenizer import train as train_tokenizer
 from mm.data.config import Split
 from mm.data.loader import one_pass
 from mm.data.packed import PackedDataset
 from mm.data.prepare import Workers, cores, open_splits, pack_split
 from mm.data.shards import expand
+from mm.data.train_tokenizer import train as train_tokenizer
 from mm.hub import load
 from mm.models.system import GenerativeSystem, PooledSystem
 from mm.train import checkpoint

@@ -20,6 +20,7 @@ from mm.data.sample import keyed_rng
 from mm.errors import ConfigError, DataError
 from mm.evals import TASKS
 from mm.evals.items import Form, Item, Record, Task, question_of
+from mm.evals.perplexity import Perplexity, run_perplexity
 from mm.evals.prompts import VERSION, answer_text, build, decoding, spelt
 from mm.evals.results import Progress, Result, chunks, claim, prepared, write
 from mm.evals.zero_shot import FEATURE_TASKS, Classify, Encodes, FeatureTask, run_features
@@ -68,7 +69,7 @@ class Settings:
 class Source:
     """A task and its files."""
 
-    task: Task | FeatureTask
+    task: Task | FeatureTask | Perplexity
     path: str
     images: Path | None = None
     """Where pictures lie that the file only names."""
@@ -100,7 +101,7 @@ def sources(
         raise ConfigError("names of classes and templates are for --task classify=…, which is not among --task")
     return [
         Source(
-            TASKS[name]() if name in TASKS else _feature_task(name, classes, templates),
+            _task(name, classes, templates),
             path,
             Path(folders[name]) if name in folders else None,
             solved.get(name),
@@ -110,7 +111,11 @@ def sources(
     ]
 
 
-def _feature_task(name: str, classes: str | None, templates: str | None) -> FeatureTask:
+def _task(name: str, classes: str | None, templates: str | None) -> Task | FeatureTask | Perplexity:
+    if name in TASKS:
+        return TASKS[name]()
+    if name == Perplexity.name:
+        return Perplexity()
     return Classify(classes, templates) if name == "classify" else FEATURE_TASKS[name]()
 
 
@@ -120,7 +125,7 @@ def _by_name(given: Sequence[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise ConfigError(f"{text}: expected NAME=PATH, such as pope=POPE/coco_pope_random.json")
-        if name not in (known := [*TASKS, *FEATURE_TASKS]):
+        if name not in (known := [*TASKS, *FEATURE_TASKS, Perplexity.name]):
             raise ConfigError(f"{name}: no such task; {nearest(name, known)}")
         if name in found:
             raise ConfigError(f"{name}: given twice; evaluate a second file into another --out")
@@ -148,9 +153,11 @@ def evaluate(
             other settings.
         DataError: a file of a task cannot be read.
     """
-    system, layout, _ = hub.load(model, template=template, tokens=tokens)
+    system, layout, config = hub.load(model, template=template, tokens=tokens)
     for task in (source.task for source in tasks):
-        if isinstance(task, Task) and not isinstance(system, GenerativeSystem):
+        if isinstance(task, Perplexity) and limit is not None:
+            raise ConfigError("perplexity: is over all of its files; leave out --limit")
+        if isinstance(task, Task | Perplexity) and not isinstance(system, GenerativeSystem):
             raise ConfigError(f"{model}: does not write text, so it cannot be asked")
         if isinstance(task, FeatureTask) and not isinstance(system, Encodes):
             raise ConfigError(
@@ -164,6 +171,9 @@ def evaluate(
         "template": layout.template.chat,
         "picture": layout.image and layout.image.describe(),
     }
+    if isinstance(system, GenerativeSystem):
+        own = Perplexity.of(config, system)
+        tasks = [replace(one, task=own) if isinstance(one.task, Perplexity) else one for one in tasks]
     return [run_task(system, layout, source, settings, out, about, limit, batch, progress) for source in tasks]
 
 
@@ -184,6 +194,8 @@ def run_task(
         given = (task, source.path, source.images, settings.precision)
         return run_features(system, layout, *given, out, about, limit, batch, progress)
     assert isinstance(system, GenerativeSystem)
+    if isinstance(task, Perplexity):
+        return run_perplexity(system, layout, task, source.path, settings.precision, out, about, batch, progress)
     asked = {
         **about,
         "task": task.name,

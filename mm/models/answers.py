@@ -23,7 +23,7 @@ from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import probe_image
 from mm.data.packed import PackedDataset
-from mm.data.sample import Media
+from mm.data.sample import Media, Metadata
 from mm.errors import ConfigError, DataError
 from mm.files import fsync
 from mm.models.decode import decode, to_draw
@@ -98,20 +98,29 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def prompt_of(
-    row: Row, form: Form, folder: Path = Path(), system: str | None = None, after_media: str = "\n"
+    row: Row,
+    form: Form,
+    folder: Path = Path(),
+    system: str | None = None,
+    after_media: str = "\n",
+    metadata: Metadata | None = None,
 ) -> Prompt:
     """A row as a prompt; paths of pictures are relative to `folder`, `system` is for the chat form, `after_media` of
-    the template for the raw one.
+    the template and `metadata`, which stand in front of a document, for the raw one.
 
     Raises:
         DataError: a picture cannot be read; there are more or fewer of them than `<image>` in the text.
-        ConfigError: a system turn for the raw form.
+        ConfigError: a system turn for the raw form, metadata for the chat form.
     """
     if system is not None and form == "raw":
         raise ConfigError("a system turn is for the chat form; give --chat with --system")
+    if metadata is not None and form == "chat":
+        raise ConfigError("metadata stand in front of documents, not of conversations; give --raw with --metadata")
     pictures = [read_picture(folder / image) for image in row.get("images", [])]
     text = row.get("prompt", "")
-    return chat_prompt(text, pictures, system) if form == "chat" else raw_prompt(text, pictures, after_media)
+    if form == "chat":
+        return chat_prompt(text, pictures, system)
+    return (*(() if metadata is None else (metadata,)), *raw_prompt(text, pictures, after_media))
 
 
 def form_of(config: Any) -> Form:

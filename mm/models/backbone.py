@@ -6,25 +6,37 @@ logic of its own (ALiBi, recurrent layers, sinks) fails and is refused by name, 
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 import mm.models.chameleon  # noqa: F401  transformers has no causal language model of this type: ours is made known
-from mm.data.batch import PackedBatch
+from mm.data.batch import IGNORE, PackedBatch
+from mm.data.tokenizer import Tokenizer
 from mm.errors import ConfigError
 from mm.models import attention
 from mm.models.attention import Packing
-from mm.models.config import LanguageConfig, NewRows
-from mm.models.objectives import linear_cross_entropy_terms, next_token_losses
+from mm.models.config import LanguageConfig
+from mm.models.meta_attention import MetaPlaces
+from mm.models.objectives import (
+    draw_labels,
+    linear_cross_entropy_losses,
+    linear_cross_entropy_terms,
+    next_token_losses,
+)
 from mm.models.released.chameleon import consolidated
 from mm.models.routing import Routing
+from mm.models.vocabulary import add_rows, pieces_of
 
 if TYPE_CHECKING:
     from mm.models.gated import MediaSeen
+
+T = TypeVar("T")
 
 
 def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
@@ -52,9 +64,15 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
         assert config.config is not None
         name = config.config["model_type"]
         model = from_config({"vocab_size": vocab_size, **config.config}, implementation)
+        if config.init == "scaled":
+            scale_residuals(model, name)
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size and config.new_rows is not None:
-        add_rows(model, vocab_size, config.new_rows)
+        pieces: list[list[int]] = []
+        if config.new_rows == "subtokens":
+            new = Tokenizer.load(config.tokenizer_name, config.added_tokens)
+            pieces = pieces_of(Tokenizer.load(name), new, range(rows, vocab_size))
+        add_rows(model, vocab_size, config.new_rows, pieces)
     elif rows < vocab_size:
         raise ConfigError(
             f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
@@ -77,30 +95,28 @@ def from_config(values: dict[str, Any], implementation: str) -> Any:
         raise ConfigError(f"model.language.config: {_first_line(error)}") from None
 
 
-@torch.no_grad()
-def add_rows(model: Any, vocab_size: int, kind: NewRows) -> None:
-    """Give a model embeddings, and rows of its head, for a larger vocabulary; see `LanguageConfig.new_rows`.
+WRITES = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "fc_out")
+"""What transformers' models call the last matrix of an attention or an MLP, the one that writes to the residual."""
 
-    The rows that are there stay as they are. What is drawn is drawn with torch's generator.
-    """
-    old = model.get_input_embeddings().num_embeddings
-    # Of what transformers would fill new rows with, by default a mean since 4.46, nothing remains.
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    parts = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in parts.values():  # one, where they are tied
-        known = weight[:old]
-        weight[old:] = known.mean(0)
-        if kind == "normal":
-            weight[old:] += torch.randn_like(weight[old:]) * known.std(0)
-    head = model.get_output_embeddings()
-    if head.bias is not None:
-        head.bias[old:] = head.bias[:old].mean()
+
+@torch.no_grad()
+def scale_residuals(model: Any, name: str) -> None:
+    """Draw anew, with torch's generator, what writes to the residual; see `LanguageConfig.init`."""
+    layers, std = model.config.num_hidden_layers, getattr(model.config, "initializer_range", None)
+    found = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WRITES]
+    if std is None or len(found) != 2 * layers:
+        raise ConfigError(
+            f"model.language.init scaled: of a {name} model it is not known which matrices write to the residual; "
+            "set it to default"
+        )
+    for part in found:
+        nn.init.normal_(part.weight, std=std / math.sqrt(2 * layers))
 
 
 def run(
     model: Any, embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, keep: Tensor, isolate: bool,
     implementation: str | None = None, routing: Routing | None = None, packing: Packing | None = None,
-    media: "MediaSeen | None" = None,
+    media: "MediaSeen | None" = None, meta: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits at chosen positions of packed rows.
 
@@ -109,25 +125,26 @@ def run(
         routing: of a model with experts or mixture of depths.
         packing: another than that of the segments, where there is a memory of positions before these.
         media: of a model with cross-attention: what the positions look at.
+        meta: of a model with meta-attention: bool [B, L], which tokens are meta-tokens.
 
     Returns:
         [K, V]. The rows are flattened into one, so that the head runs on the K positions alone.
     """
-    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation, routing, packing, media)
+    inputs = _inputs(embeddings, segment_ids, position_ids, isolate, implementation, routing, packing, media, meta)
     return model(**inputs, logits_to_keep=keep).logits[0]
 
 
 def token_losses(
     model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0,
-    media: "MediaSeen | None" = None,
+    media: "MediaSeen | None" = None, meta: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """-log p in nats, float32 [K], of the batch's K targets, row by row; see `token_terms`."""
-    return token_terms(model, embeddings, batch, routing, z, media)[0]
+    return token_terms(model, embeddings, batch, routing, z, media, meta)[0]
 
 
 def token_terms(
     model: Any, embeddings: Tensor, batch: PackedBatch, routing: Routing | None = None, z: float = 0.0,
-    media: "MediaSeen | None" = None,
+    media: "MediaSeen | None" = None, meta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-log p in nats, float32 [K], of the batch's K targets, row by row: with what z adds, and without that and a
     gradient.
@@ -135,28 +152,72 @@ def token_terms(
     Whole logits are not made, unless the model does more with its head's output than scale it.
 
     Args:
-        routing, media: see `run`.
+        routing, media, meta: see `run`.
         z: what is added to a loss is z * (log of the sum of all exp(logit))^2.
     """
     keep = batch.learned()
     targets = batch.labels.flatten()[keep]
-    where = batch.segment_ids, batch.position_ids
-    head, factor = model.get_output_embeddings(), model.logit_factor
-    if factor is None or not isinstance(head, nn.Linear):  # adapters replace the layer
-        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing, media=media)
+    if not chunks_logits(model):
+        where = batch.segment_ids, batch.position_ids
+        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing, media=media, meta=meta)
         losses = next_token_losses(logits, targets, z)
         return losses, next_token_losses(logits.detach(), targets) if z else losses.detach()
-    hidden = _hidden(model, _inputs(embeddings, *where, batch.isolate_segments, routing=routing, media=media))[keep]
+    return head_terms(model, hidden_at(model, embeddings, batch, keep, routing, media, meta), targets, z)
+
+
+def chunks_logits(model: Any) -> bool:
+    """Whether logits are the head's output times a number, so that they can be made some at a time."""
+    # Adapters replace the layer.
+    return model.logit_factor is not None and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def head_terms(model: Any, hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`token_terms` from what the head reads, [K, D], and targets int64 [K]."""
+    head, factor = model.get_output_embeddings(), model.logit_factor
 
     def terms(hidden: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_terms(hidden, head.weight, head.bias, targets, z)
 
-    # The head is called as a module, with the loss for its forward: engines that keep weights in parts gather them in
-    # hooks around a module's call, and outside of it there may be nothing in `head.weight`.
+    return at_head(head, hidden if factor == 1 else hidden * factor, terms)
+
+
+def drawn_losses(
+    model: Any, embeddings: Tensor, batch: PackedBatch, generators: Sequence[torch.Generator],
+    routing: Routing | None = None, media: "MediaSeen | None" = None, meta: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`token_losses` of tokens that the model draws in place of the batch's targets, each row's from its generator."""
+    keep, rows = batch.learned(), (batch.labels != IGNORE).sum(1).tolist()
+    if not chunks_logits(model):
+        where = batch.segment_ids, batch.position_ids
+        logits = run(model, embeddings, *where, keep, batch.isolate_segments, routing=routing, media=media, meta=meta)
+        return next_token_losses(logits, draw_labels(lambda part: logits[part], rows, generators))
+    head, factor = model.get_output_embeddings(), model.logit_factor
+
+    def losses(hidden: Tensor) -> Tensor:
+        drawn = draw_labels(lambda part: F.linear(hidden[part], head.weight, head.bias), rows, generators)
+        return linear_cross_entropy_losses(hidden, head.weight, head.bias, drawn)
+
+    hidden = hidden_at(model, embeddings, batch, keep, routing, media, meta)
+    return at_head(head, hidden if factor == 1 else hidden * factor, losses)
+
+
+def at_head(head: nn.Module, hidden: Tensor, function: Callable[[Tensor], T]) -> T:
+    """`function(hidden)`, which uses the head's weights."""
+    with calling(head, function):
+        return head(hidden)
+
+
+@contextlib.contextmanager
+def calling(head: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """A call of the head is one of the function, which uses the head's weights, for the time of the context.
+
+    It is called as a module all the same: engines that keep weights in parts gather them in hooks around a module's
+    call, and outside of it there may be nothing in `head.weight`.
+    """
     before = vars(head).get("forward")
-    vars(head)["forward"] = terms
+    vars(head)["forward"] = function
     try:
-        return head(hidden if factor == 1 else hidden * factor)
+        yield
     finally:
         if before is None:
             del vars(head)["forward"]
@@ -164,26 +225,56 @@ def token_terms(
             vars(head)["forward"] = before
 
 
+def hidden_at(
+    model: Any, embeddings: Tensor, batch: PackedBatch, keep: Tensor, routing: Routing | None = None,
+    media: "MediaSeen | None" = None, meta: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[K, D]: what the head reads at flat positions, int64 [K]; see `run`."""
+    where = batch.segment_ids, batch.position_ids, batch.isolate_segments
+    return _hidden(model, _inputs(embeddings, *where, routing=routing, media=media, meta=meta))[keep]
+
+
 def _inputs(
     embeddings: Tensor, segment_ids: Tensor, position_ids: Tensor, isolate: bool, implementation: str | None = None,
     routing: Routing | None = None, packing: Packing | None = None, media: "MediaSeen | None" = None,
+    meta: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Packed rows as one row of transformers' arguments."""
+    packing = packing or attention.packing(segment_ids, isolate, implementation)
     return {
         "inputs_embeds": embeddings.flatten(0, 1)[None],
         # Nothing is masked by it. Without one transformers looks for packed rows in the positions, and the host waits.
         "attention_mask": torch.ones(1, position_ids.numel(), dtype=torch.bool, device=embeddings.device),
         "position_ids": position_ids.reshape(1, -1),
         "use_cache": False,
-        "packing": packing or attention.packing(segment_ids, isolate, implementation),
+        "packing": packing,
         **({} if routing is None else {"routing": routing}),
         **({} if media is None else {"media": media}),
+        **({} if meta is None else {"meta": MetaPlaces.of(meta, packing)}),
     }
 
 
 def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     """[N, D]: what the head reads, of every position."""
     return model.base_model(**inputs).last_hidden_state[0]
+
+
+def miniature(model: Any, layers: int) -> Any:
+    """A random model of the same kind in float32 with at most so many layers and 64 tokens, on the CPU."""
+    small = copy.deepcopy(model.config)
+    for key, value in (
+        ("num_hidden_layers", min(layers, getattr(small, "num_hidden_layers", layers))),
+        ("vocab_size", 64),
+    ):
+        setattr(small, key, value)
+    if isinstance(getattr(small, "layer_types", None), list):
+        with contextlib.suppress(AttributeError):  # some configs derive it
+            small.layer_types = small.layer_types[: small.num_hidden_layers]
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, key, None)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        return type(model)(small).float().eval()
 
 
 def probe(model: Any, name: str) -> float | None:
@@ -195,21 +286,10 @@ def probe(model: Any, name: str) -> float | None:
     Runs on a copy of the model's config with at most 4 layers and a small vocabulary, so that it costs little
     for a model of any size, and on the meta device too.
     """
-    small = copy.deepcopy(model.config)
-    for key, value in (
-        ("num_hidden_layers", min(4, getattr(small, "num_hidden_layers", 4))),
-        ("vocab_size", 64),
-    ):
-        setattr(small, key, value)
-    if isinstance(getattr(small, "layer_types", None), list):
-        with contextlib.suppress(AttributeError):  # some configs derive it
-            small.layer_types = small.layer_types[: small.num_hidden_layers]
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, key, None)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(0)
-            tiny = type(model)(small).float().eval()
+            tiny = miniature(model, layers=4)
             width = tiny.get_input_embeddings().embedding_dim
             both = torch.randn(1, 12, width)
             ids = torch.tensor([[1] * 7 + [2] * 5])

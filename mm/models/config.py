@@ -285,7 +285,7 @@ def check_connector(vision: VisionConfig, connector: Any) -> None:
         )
 
 
-NewRows = Literal["mean", "normal"]
+NewRows = Literal["mean", "normal", "subtokens"]
 
 
 class LanguageConfig(Section):
@@ -303,9 +303,13 @@ class LanguageConfig(Section):
     added_tokens: tuple[str, ...] = ()
     """Special tokens to append to the tokenizer where it lacks them."""
     new_rows: NewRows | None = None
-    """What the embeddings of tokens begin as that a published model has no rows for: the `mean` of all rows, or drawn
-    from a `normal` distribution with the mean and variance of each of their numbers. By default such a model is
-    refused."""
+    """What the embeddings of tokens begin as that a published model has no rows for: the `mean` of all rows, drawn from
+    the `normal` distribution that has the mean and covariance of all rows, or the mean of the rows of the `subtokens`
+    that the model's own tokenizer makes of their names. By default such a model is refused."""
+    init: Literal["default", "scaled"] = "default"
+    """Random weights of a `config`: as transformers draws them for its kind, or `scaled`: the last matrices of
+    attention and MLP, which write to the residual, from a normal distribution with `initializer_range` / sqrt(2 x
+    layers), as in GPT-2 and Megatron. GPT-2's own kind always has that."""
 
     @model_validator(mode="after")
     def _names_one_model(self) -> "LanguageConfig":
@@ -313,6 +317,10 @@ class LanguageConfig(Section):
             raise ValueError("give either `name` (published weights) or `config` (random weights)")
         if self.name is None and self.tokenizer is None:
             raise ValueError("a model from a `config` needs a `tokenizer`")
+        if self.name is not None and self.init != "default":
+            raise ValueError("`init` is for the random weights of a `config`; with `name` weights are published ones")
+        if self.new_rows == "subtokens" and self.name is None:
+            raise ValueError("`new_rows: subtokens` needs a `name`, whose tokenizer splits what is new")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` needs a `model_type`: qwen2, llama, …")
         return self
@@ -320,6 +328,33 @@ class LanguageConfig(Section):
     @property
     def tokenizer_name(self) -> str:
         return cast(str, self.tokenizer or self.name)
+
+
+class DistillConfig(Section):
+    """Other language models that one learns from, beside the text itself (Hinton et al., 1503.02531)."""
+
+    teachers: list[str] = Field(min_length=1)
+    """Hub names or folders of causal language models with the same tokenizer, such as `mm export` writes. Several are
+    an ensemble: the geometric mean of what they say."""
+    weight: Number = Field(default=0.5, gt=0, le=1)
+    """Of the teachers' share of the loss; the text's labels have the rest."""
+    temperature: Number = Field(default=1.0, gt=0)
+    """What logits are divided by, of teachers and student."""
+
+
+class MetaTokensConfig(Section):
+    """Meta-tokens: places in a document that are no text, where a model may keep what it needs later (2509.16278). They
+    are put in when documents are scanned, and nothing is learned at them."""
+
+    rate: Number = Field(default=0.1, gt=0, le=1)
+    """How many, for each token of a document."""
+    token: str = "<meta>"
+    """What the vocabulary calls them; appended to the tokenizer where it lacks it. In a prompt it stands for one."""
+    attention: bool = True
+    """Meta-attention: in every layer, between self-attention and MLP, meta-tokens attend to those before them. Without
+    it they are tokens like others, which tells what is owed to them alone."""
+    zero_positions: bool = False
+    """In evaluation and generation meta-tokens have no position, in a model whose attention is rotated by it."""
 
 
 class NoiseConfig(Section):
@@ -584,6 +619,7 @@ SYSTEMS = Kinds(
     {
         "open_qwen2vl": "mm.models.systems.open_qwen2vl.config:OpenQwen2VLConfig",
         "text_lm": "mm.models.systems.text_lm.config:TextLMConfig",
+        "masked_lm": "mm.models.systems.masked_lm.config:MaskedLMConfig",
         "mert": "mm.models.systems.mert.config:MertConfig",
         "tagger": "mm.models.systems.tagger.config:TaggerConfig",
         "joint": "mm.models.systems.joint.config:JointConfig",

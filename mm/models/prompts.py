@@ -16,13 +16,13 @@ from mm.data.chat import END, SPELLINGS
 from mm.data.conversations import IMAGE
 from mm.data.layout import Layout
 from mm.data.limits import Limits
-from mm.data.sample import Media, Special, Text, Tokens, Turn
+from mm.data.sample import Media, Metadata, Special, Text, Tokens, Turn
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError, DataError
 from mm.models.system import GenerativeSystem, System
 
-Prompt = tuple[Text | Tokens | Special | Media | Turn, ...]
+Prompt = tuple[Text | Tokens | Special | Metadata | Media | Turn, ...]
 Form = Literal["chat", "raw"]
 """How a model is asked: `chat_prompt` or `raw_prompt`."""
 Precision = Literal["fp32", "bf16"]
@@ -95,7 +95,7 @@ def raw_prompt(text: str, pictures: Sequence[Media] = (), after_media: str = "\n
 
 def without_breaks(parts: Prompt, after_media: str) -> Prompt:
     """Text behind media without the break that the template of documents puts there itself."""
-    kept: list[Text | Tokens | Special | Media | Turn] = []
+    kept: list[Text | Tokens | Special | Metadata | Media | Turn] = []
     for part in parts:
         if isinstance(part, Text) and kept and isinstance(kept[-1], Media):
             part = replace(part, text=part.text.removeprefix(after_media))
@@ -121,10 +121,30 @@ def _placed(text: str, pictures: Sequence[Media]) -> Prompt:
 
 def lay_out(prompt: Prompt | Segment, layout: Layout, where: str, limits: Limits) -> Segment:
     """A prompt as it goes in. Raises `DataError`."""
-    segment = prompt if isinstance(prompt, Segment) else make_segment(prompt, layout, where, limits, closed=False)
+    if isinstance(prompt, Segment):
+        segment = prompt
+    else:
+        segment = make_segment(_with_meta_tokens(prompt, layout), layout, where, limits, closed=False)
     if not len(segment):
         raise DataError(f"{where} is empty; give a text or a picture to go on with")
     return segment
+
+
+def _with_meta_tokens(prompt: Prompt, layout: Layout) -> Prompt:
+    """The prompt with meta-tokens where its texts name them."""
+    if layout.meta_tokens is None:
+        return prompt
+    token = layout.tokenizer.token(layout.meta_tokens.id)
+    parts: list[Text | Tokens | Special | Metadata | Media | Turn] = []
+    for part in prompt:
+        if not isinstance(part, Text):
+            parts.append(part)
+            continue
+        first, *others = part.text.split(token)
+        parts.append(replace(part, text=first))
+        for text in others:
+            parts += [Special(token), replace(part, text=text)]
+    return tuple(parts)
 
 
 def positions_of(system: GenerativeSystem, segments: Sequence[Segment], packed: bool = False) -> int:

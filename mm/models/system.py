@@ -1,7 +1,7 @@
 """System: what the trainer knows of a model."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,6 +55,11 @@ class System(nn.Module):
     weights: dict[str, float]
 
     @property
+    def teachers(self) -> Sequence[nn.Module]:
+        """Frozen models that it learns from, whole on every rank: no parts of it, neither trained nor saved."""
+        return ()
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """Objectives whose counts say how many positions are learned; the others look at the same ones again."""
         return (next(iter(self.weights)),)
@@ -68,7 +73,8 @@ class System(nn.Module):
         return {}
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Told before every step, from 0 on, of the `steps` of a stage: for what changes with the time."""
+        """Told before every step, from 0 on, of the `steps` of a stage, or of all that share a schedule: for what
+        changes with the time."""
 
     def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of another model, by name, as those of this one: for models that are grown from others."""
@@ -78,7 +84,26 @@ class System(nn.Module):
         """N_k of a batch: a pure function of it, asked for before the first forward of a step."""
         raise NotImplementedError
 
+    def row_counts(self, batch: PackedBatch) -> Tensor:
+        """int64 [B]: N_k by row, of the first objective, where `Output.rows` has its loss."""
+        return (batch.labels != IGNORE).sum(1)
+
     def forward(self, batch: PackedBatch) -> Output:
+        raise NotImplementedError
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Objectives that `drawn_losses` has: those that are -log p of something that the model can draw itself."""
+        return ()
+
+    def drawn_losses(self, batch: PackedBatch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Sums of the losses of the objectives `drawn`, with labels (or targets) drawn from what the model itself says
+        in place of those of the batch; `counts` says of how many terms.
+
+        In the mean over draws their squared gradients are the diagonal of the Gauss-Newton matrix (Sophia, 2305.14342,
+        2.3). No gradient goes through the drawing. There is a generator for each row: what a row draws does not depend
+        on the others.
+        """
         raise NotImplementedError
 
     def within(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -200,8 +225,17 @@ class GenerativeSystem(System):
 
     def token_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
         """-log p in nats, float32, of every target (label that is not -100), row by row."""
-        routing = routing or self.routing(batch)
-        return backbone.token_losses(self.language, self.embed(batch), batch, routing, media=self.media_seen(batch))
+        routing, media, meta = routing or self.routing(batch), self.media_seen(batch), self.meta_tokens(batch)
+        return backbone.token_losses(self.language, self.embed(batch), batch, routing, media=media, meta=meta)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return ("next_token",)
+
+    def drawn_losses(self, batch: PackedBatch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        routing, media, meta = self.routing(batch), self.media_seen(batch), self.meta_tokens(batch)
+        losses = backbone.drawn_losses(self.language, self.embed(batch), batch, generators, routing, media, meta)
+        return {"next_token": losses.sum()}
 
     def logits(
         self, batch: PackedBatch, keep: Tensor, packing: Packing | None = None, media: "MediaSeen | None" = None
@@ -211,6 +245,7 @@ class GenerativeSystem(System):
         return backbone.run(
             self.language, self.embed(batch), batch.segment_ids, batch.position_ids, keep, batch.isolate_segments,
             routing=self.routing(batch), packing=packing, media=media or self.media_seen(batch),
+            meta=self.meta_tokens(batch),
         )  # fmt: skip
 
     def embed(self, batch: PackedBatch) -> Tensor:
@@ -223,6 +258,10 @@ class GenerativeSystem(System):
 
     def media_seen(self, batch: PackedBatch) -> "MediaSeen | None":
         """What the positions of a batch look at through cross-attention, in a model whose decoder layers have that."""
+        return None
+
+    def meta_tokens(self, batch: PackedBatch) -> Tensor | None:
+        """bool [B, L], which tokens are meta-tokens, in a model with meta-attention."""
         return None
 
     def known_features(self, medium: str, media: MediaBatch, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from mm.data.batch import IGNORE, PackedBatch
 from mm.errors import ConfigError
 from mm.models import attention, backbone
-from mm.models.config import NewRows
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -192,26 +191,3 @@ def test_checkpointed_layers_recompute_with_the_same_scope() -> None:
 def test_unknown_model_type_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"model\.language\.config: .*nosuch"):
         backbone.from_config({"model_type": "nosuch"}, attention.register())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["mean", "normal"])
-def test_added_tokens_get_rows_and_nothing_else_changes(kind: NewRows, tied: bool) -> None:
-    model = make("gpt_neox", {**GOOD["gpt_neox"], "tie_word_embeddings": tied}).eval()
-    embeddings, ids, positions = rows(6, 5, width=32)
-    keep = torch.arange(11)
-    weights = [part.weight.detach().clone() for part in (model.get_input_embeddings(), model.get_output_embeddings())]
-    logits = backbone.run(model, embeddings, ids, positions, keep, isolate=True)
-    backbone.add_rows(model, 4050, kind)
-    wider = backbone.run(model, embeddings, ids, positions, keep, isolate=True)
-    torch.testing.assert_close(wider[:, :50], logits)
-    grown = [part.weight.detach() for part in (model.get_input_embeddings(), model.get_output_embeddings())]
-    assert (grown[0].data_ptr() == grown[1].data_ptr()) == tied and model.config.vocab_size == 4050
-    for before, after in zip(weights, grown, strict=True):
-        assert torch.equal(after[:50], before)
-        new = after[50:]
-        if kind == "mean":
-            torch.testing.assert_close(new, before.mean(0).expand_as(new))
-        else:
-            torch.testing.assert_close(new.mean(0), before.mean(0), rtol=0, atol=5 * float(before.std()) / 4000**0.5)
-            torch.testing.assert_close(new.std(0), before.std(0), rtol=0.1, atol=0)

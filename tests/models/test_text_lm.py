@@ -71,10 +71,26 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_packed_text_costs_what_transformers_says_of_each_document(config: RunConfig, tied: bool) -> None:
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 8}),
+        ("mistral", {"head_dim": 8}),
+        ("gpt2", NO_DROPOUT),
+        ("gpt2", {**NO_DROPOUT, "tie_word_embeddings": False}),
+    ],
+)
+def test_packed_text_costs_what_transformers_says_of_each_document(
+    config: RunConfig, kind: str, settings: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
-    model = TextLMConfig.model_validate({"language": language("llama", tie_word_embeddings=tied)})
+    model = TextLMConfig.model_validate({"language": language(kind, **settings)})
     system, layout = model.build(), model.layout()
     packed = batches(config, "train")
     assert any(int(batch.segment_ids.max()) > 1 for batch in packed) and not any(batch.media for batch in packed)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Release", "fill", "find", "open_release", "tensors_of", "with_released"]
 
 FORMATS = {
-    "transformers": ("text_lm",),
+    "transformers": ("text_lm", "masked_lm"),
     "prismatic": ("open_qwen2vl",),
     "hf-llava": ("open_qwen2vl",),
     "hf": ("mert", "tagger"),

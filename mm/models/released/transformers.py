@@ -1,4 +1,5 @@
-"""A causal language model as a plain transformers folder, which `AutoModelForCausalLM` and `AutoTokenizer` load."""
+"""A language model as a plain transformers folder, which `AutoModelForCausalLM`, or `AutoModelForMaskedLM`, and
+`AutoTokenizer` load."""
 
 import copy
 from pathlib import Path
@@ -14,10 +15,14 @@ CHAMELEON = (
 )
 
 
-def write(language: Any, layout: Layout, out: Path) -> str | None:
-    """Write config.json, generation_config.json, model.safetensors and the tokenizer into the folder `out`.
+def write(language: Any, layout: Layout, out: Path, mask: str | None = None) -> str | None:
+    """Write config.json, model.safetensors, the tokenizer, and generation_config.json into the folder `out`.
 
     The tokenizer puts the template's begin of text before a text, as in training, and no end of text behind it.
+
+    Args:
+        mask: the token of a masked language model. It generates nothing, and its tokenizer puts the end of text behind
+            a text too.
 
     Returns:
         What a user of the folder has to know, if anything: that AutoTokenizer does not take the tokenizer as written,
@@ -30,28 +35,32 @@ def write(language: Any, layout: Layout, out: Path) -> str | None:
     template, tokenizer = layout.template, layout.tokenizer
     names = {"bos": template.bos, "eos": template.eos, "pad": tokenizer.token(layout.pad)}
     tokens = {name: token for name, token in names.items() if token is not None}
-    config, generation = language.config, language.generation_config
+    config, generation = language.config, getattr(language, "generation_config", None)
     language.config, language.generation_config = copy.deepcopy((config, generation))
     try:
         for name, token in tokens.items():
-            for about in (language.config, language.generation_config):
+            for about in filter(None, (language.config, language.generation_config)):
                 setattr(about, f"{name}_token_id", tokenizer.id(token))
         language.save_pretrained(out)
     finally:
         language.config, language.generation_config = config, generation
 
     backend = Tokenizer.from_str(tokenizer.to_json())
-    begin = []
-    if template.bos is not None:
-        begin = [tokenizer.id(template.bos)]
-        backend.post_processor = TemplateProcessing([template.bos, "$A"], special_tokens=[(template.bos, *begin)])
-    special = {f"{name}_token": token for name, token in tokens.items()}
+    before = [template.bos] if template.bos is not None else []
+    behind = [template.eos] if mask is not None and template.eos is not None else []
+    begin, end = ([*map(tokenizer.id, around)] for around in (before, behind))
+    if before or behind:
+        known = list(zip(before + behind, begin + end, strict=True))
+        backend.post_processor = TemplateProcessing([*before, "$A", *behind], special_tokens=known)
+    special: dict[str, str | None] = {f"{name}_token": token for name, token in tokens.items()}
+    if mask is not None:
+        special |= {"mask_token": mask, "cls_token": template.bos, "sep_token": template.eos}
     PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special).save_pretrained(
         out
     )
     notes = [CHAMELEON] if config.model_type == "chameleon" else []
     loaded = AutoTokenizer.from_pretrained(out)
-    if loaded(SAMPLE)["input_ids"] != begin + tokenizer.encode(SAMPLE):
+    if loaded(SAMPLE)["input_ids"] != begin + tokenizer.encode(SAMPLE) + end:
         notes.append(
             f"AutoTokenizer takes {type(loaded).__name__} for any {config.model_type} model, which splits text in "
             f"another way than {tokenizer.name}: load the tokenizer with transformers.PreTrainedTokenizerFast"

@@ -4,6 +4,8 @@ Every part runs on every micro-batch, where need be on a row of padding: so weig
 gathered in step whatever rows a rank has, and a part that a step has nothing for still gets a gradient, of zero.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,19 @@ class Joint(System):
             ):  # fmt: skip
                 ours.update({f"{name}/{key}": value for key, value in its.items()})
         return whole
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return tuple(f"{name}/{objective}" for name in self.names for objective in self.part(name).drawn)
+
+    def drawn_losses(self, batch: PackedBatch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, rows in self.rows(batch).items():
+            # A row of padding draws nothing.
+            own = [generators[row] for row in rows] or [torch.Generator(batch.input_ids.device)]
+            losses = self.part(name).drawn_losses(self._share(batch, name, rows), own)
+            found |= {f"{name}/{objective}": loss for objective, loss in losses.items()}
+        return found
 
     def rows(self, batch: PackedBatch) -> dict[str, list[int]]:
         """The rows of each part: those that hold its media, and those without media where it reads text.

@@ -11,6 +11,7 @@ pass. In evaluation keys are those of the samples, and masks are all that is dra
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +24,7 @@ from mm.data.sample import keyed_rng
 from mm.errors import ConfigError
 from mm.models.audio import AudioEncoder
 from mm.models.masking import draw_noises, mix, span_mask
-from mm.models.objectives import code_losses
+from mm.models.objectives import code_logits, code_losses, draw_labels, drawn_errors
 from mm.models.spectra import CQT
 from mm.models.system import Output, System
 from mm.models.systems.mert.config import MertConfig
@@ -89,8 +90,19 @@ class Mert(System):
             return {name: torch.tensor(0) for name in self.weights}
         return self._counts(self._drawn(media, batch.draws))
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    def drawn_losses(self, batch: PackedBatch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        return self._output(batch, generators).losses
+
     def forward(self, batch: PackedBatch) -> Output:
         self._require_codes()
+        return self._output(batch)
+
+    def _output(self, batch: PackedBatch, generators: Sequence[torch.Generator] | None = None) -> Output:
+        """`generators`: one for each row, to draw what is predicted instead of asking teachers."""
         if "audio" not in batch.media:
             batch = with_dummies(batch, self._layout)
         media = batch.media["audio"]
@@ -104,6 +116,8 @@ class Mert(System):
         kept = self._kept(clips)
         encoded = self.encoder(heard, moved(clips.masked), kept=None if kept is None else moved(kept))
         at = {name: np.flatnonzero(clips.learned(name)) for name in self.weights}
+        row_of = np.repeat(clips.row, clips.frames)
+        rows = {name: np.bincount(row_of[places], minlength=len(batch.ids)).tolist() for name, places in at.items()}
         losses: dict[str, Tensor] = {}  # of the frames that count
         metrics = {
             "masked_frames": torch.tensor(clips.masked.sum() / max(clips.counted.sum(), 1)),
@@ -111,22 +125,35 @@ class Mert(System):
         }
         if "codes" in at:
             places = moved(at["codes"])
-            losses["codes"], right = self.code_head(encoded.hidden[places], self._codes(media, clips.frames)[places])
+            hidden = encoded.hidden[places]
+            if generators is None:
+                codes = self._codes(media, clips.frames)[places]
+            else:
+                codes = self.code_head.draw(hidden, rows["codes"], generators)
+            losses["codes"], right = self.code_head(hidden, codes)
             metrics["code_accuracy"] = right.sum() / max(right.numel(), 1)
         if "cqt" in at:
             places = moved(at["cqt"])
-            target = torch.cat([one[:n] for one, n in zip(self._cqt(clean), clips.frames, strict=True)])
-            losses["cqt"] = (self.cqt_head(encoded.hidden[places]).float() - target[places]).square().mean(1)
+            predicted = self.cqt_head(encoded.hidden[places]).float()
+            if generators is None:
+                target = torch.cat([one[:n] for one, n in zip(self._cqt(clean), clips.frames, strict=True)])
+                errors = predicted - target[places]
+            else:
+                errors = drawn_errors(predicted, rows["cqt"], generators)
+            losses["cqt"] = errors.square().mean(1)
         if "feature_penalty" in at:
-            losses["feature_penalty"] = encoded.features.float().square().mean(1)[moved(at["feature_penalty"])]
+            features = encoded.features.float()[moved(at["feature_penalty"])]
+            if generators is not None:
+                features = drawn_errors(features, rows["feature_penalty"], generators)
+            losses["feature_penalty"] = features.square().mean(1)
         first = next(iter(at))
-        row = moved(np.repeat(clips.row, clips.frames)[at[first]])
-        rows = losses[first].new_zeros(len(batch.input_ids)).index_add_(0, row, losses[first].detach())
+        by_row = losses[first].new_zeros(len(batch.input_ids))
+        by_row.index_add_(0, moved(row_of[at[first]]), losses[first].detach())
         return Output(
             {name: each.sum() for name, each in losses.items()},
             self._counts(clips),
             {name: value.to(device, torch.float32) for name, value in metrics.items()},
-            rows={first: rows},
+            rows={first: by_row},
         )
 
     def _require_codes(self) -> None:
@@ -211,5 +238,20 @@ class CodeHead(nn.Module):
 
     def forward(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """[M, D] and int64 [M, K] to what `code_losses` gives."""
-        queries = self.projection(hidden).unflatten(1, (len(self.sizes), -1))
-        return code_losses(queries, self.embeddings.split(self.sizes), codes + self.special, self.temperature)
+        return code_losses(
+            self._queries(hidden), self.embeddings.split(self.sizes), codes + self.special, self.temperature
+        )
+
+    @torch.no_grad()
+    def draw(self, hidden: Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """Codes as the frames [M, D] say they are, int64 [M, K]; see `draw_labels`. One in front of a codebook is a
+        number below 0."""
+        queries, books = self._queries(hidden), self.embeddings.split(self.sizes)
+        drawn = [
+            draw_labels(code_logits(query, embeddings, self.temperature).__getitem__, rows, generators)
+            for query, embeddings in zip(queries.unbind(1), books, strict=True)
+        ]
+        return torch.stack(drawn, dim=1) - self.special
+
+    def _queries(self, hidden: Tensor) -> Tensor:
+        return self.projection(hidden).unflatten(1, (len(self.sizes), -1))

@@ -6,6 +6,7 @@ after that a batch is one of text. Attention is shared; which experts a token ha
 al., 2407.21770; Chameleon, 2405.09818 section 2.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -79,6 +80,9 @@ class Moma(GenerativeSystem):
 
     def token_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
         return super().token_losses(self.fused(batch), routing)
+
+    def drawn_losses(self, batch: PackedBatch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        return super().drawn_losses(self.fused(batch), generators)
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         found = super().counts(batch)

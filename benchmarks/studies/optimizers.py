@@ -1,0 +1,154 @@
+"""AdamW, Muon, SOAP and Sophia on text: loss by steps, by compute and by seconds.
+
+A Llama of a million parameters on English documents of Debian, all domains in their natural shares. Every arm's
+learning rate is the best of four in runs of `TUNED` steps (seed 0, validation loss at the end; the row of each is
+kept), then `SEEDS` runs of `STEPS` steps. All else is alike: cosine to a tenth after 5 % of warmup, decay 0.1, norms
+clipped to 1, the same packs in the same order of a seed.
+
+    mm data build debian-text --out corpora/debian-text
+
+Sophia is there with its published constants and with ones for short runs (a Hessian that is forgotten sooner, a larger
+rho), since its estimate has a time constant of a thousand steps.
+
+Compute counts the FLOPs of forward and backward passes (`mm estimate`), of Sophia's extra passes, and of the matrix
+products of Muon and SOAP, a QR decomposition as 4/3 n^3; what is done element by element is not counted.
+"""
+
+import statistics
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import texts
+from benchmarks.studies.moma import spread
+from benchmarks.study import Config, Row, Run, Study
+from mm.config import RunConfig
+from mm.train.estimate import estimate
+from mm.train.params import parameter_groups
+
+WIDTH, LAYERS = 128, 4
+STEPS, TUNED, EVERY = 1000, 300, 100
+SEEDS = (0, 1)
+ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "AdamW": ({"kind": "adamw"}, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "Muon": ({"kind": "muon", "betas": [0.9, 0.95]}, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "SOAP": ({"kind": "soap", "betas": [0.95, 0.95]}, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "Sophia": ({"kind": "sophia", "betas": [0.965, 0.99], "rho": 0.04}, (2e-4, 4e-4, 8e-4, 1.6e-3)),
+    "Sophia, short": ({"kind": "sophia", "betas": [0.965, 0.95], "rho": 0.5}, (2e-4, 4e-4, 8e-4, 1.6e-3)),
+}
+"""Settings of `train.optimizer`, and learning rates."""
+
+
+def config(arm: str, lr: float, steps: int) -> Config:
+    optimizer, _ = ARMS[arm]
+    return {
+        "data": texts.data(shares()),
+        "model": texts.model(WIDTH, LAYERS),
+        "train": texts.training(steps, lr, optimizer=optimizer),
+        "evaluation": {"every": EVERY},
+    }
+
+
+@cache
+def shares() -> dict[str, float]:
+    """Of each domain, by the size of its text."""
+    sizes = {domain: (texts.DATA / f"{domain}-train.jsonl").stat().st_size for domain in texts.DOMAINS}
+    return {domain: round(size / sum(sizes.values()), 4) for domain, size in sizes.items()}
+
+
+def tuned(arm: str, lr: float, rows: Sequence[Row]) -> Config:
+    return config(arm, lr, TUNED)
+
+
+def final(arm: str, rows: Sequence[Row]) -> Config:
+    return config(arm, best_rate(arm, rows)[0], STEPS)
+
+
+def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]:
+    """The rate with the lowest validation loss, and that of each."""
+    losses = {lr: row["curve"][-1][2] for row in rows for lr in ARMS[arm][1] if row["run"] == f"{arm}, {lr:g}"}
+    return min(losses, key=losses.__getitem__), losses
+
+
+RUNS = [
+    *(Run(f"{arm}, {lr:g}", 0, 2.5, partial(tuned, arm, lr)) for arm, (_, rates) in ARMS.items() for lr in rates),
+    *(Run(arm, seed, 8, partial(final, arm)) for seed in SEEDS for arm in ARMS),
+]
+
+
+@cache
+def flops(arm: str) -> float:
+    """Of a step, in the mean."""
+    run = RunConfig.model_validate({**config("AdamW", 1e-3, STEPS), "out": "unused"})
+    passes = float(estimate(run)["flops_per_step"]["total"])
+    with torch.device("meta"):
+        groups = parameter_groups(run.model.build(weights=False), [], 0.1)
+    matrices = [one.shape for group in groups if group["role"] == "matrix" for one in group["params"]]
+    kind = ARMS[arm][0]["kind"]
+    if kind == "sophia":
+        return passes * 1.1
+    own = 0.0
+    for m, n in (sorted(shape) for shape in matrices):
+        if kind == "muon":
+            own += 5 * (4 * m * m * n + 2 * m**3)
+        if kind == "soap":  # grams, projection, back; a tenth of the refreshes: a product, a QR, and the moments' turn
+            own += 6 * (m * m * n + m * n * n)
+            own += (sum(2 * d**3 + 4 / 3 * d**3 for d in (m, n)) + 6 * (m * m * n + m * n * n)) / 10
+    return passes + own
+
+
+def show(rows: list[Row]) -> str:
+    """Rates, then losses by steps, by compute and by seconds."""
+    lines = ["| validation loss after 300 steps | of four learning rates, low to high |", "|---|---|"]
+    finals = {arm: [row for row in rows if row["run"] == arm] for arm in ARMS}
+    for arm in ARMS:
+        if losses := best_rate_or_none(arm, rows):
+            lines.append(f"| {arm} | {', '.join(f'{lr:g}: {loss:.3f}' for lr, loss in losses.items())} |")
+    base = finals["AdamW"]
+    if not base:
+        return "\n".join(lines)
+    seconds = statistics.mean(row["seconds"] for row in base)
+    titles = [
+        "arm", "lr", "seeds", *(f"step {step}" for step in (STEPS // 4, STEPS // 2, STEPS)), "test loss",
+        "s a step", "FLOPs over AdamW's", "at AdamW's FLOPs", f"at AdamW's {seconds:.0f} s",
+        "steps to AdamW's loss",
+    ]  # fmt: skip
+    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    reached = statistics.mean(row["curve"][-1][2] for row in base)
+    for arm, found in finals.items():
+        if not found:
+            continue
+        ratio = flops(arm) / flops("AdamW")
+        cells = [arm, f"{best_rate(arm, rows)[0]:g}", str(len(found))]
+        cells += [spread([at(row, 0, step) for row in found], ".3f") for step in (STEPS // 4, STEPS // 2, STEPS)]
+        cells.append(spread([row["result"]["test_loss"] for row in found], ".3f"))
+        cells += [f"{statistics.mean(row['seconds'] / row['steps'] for row in found):.3f}", f"{ratio:.2f}"]
+        cells.append(f"{statistics.mean(at(row, 0, STEPS / ratio) for row in found):.3f}")
+        cells.append(f"{statistics.mean(at(row, 1, seconds) for row in found):.3f}")
+        cells.append(", ".join(first_at(row, reached) for row in found))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best_rate_or_none(arm: str, rows: Sequence[Row]) -> dict[float, float]:
+    try:
+        return best_rate(arm, rows)[1]
+    except ValueError:
+        return {}
+
+
+def at(row: Row, column: int, value: float) -> float:
+    """The validation loss after so many steps (column 0) or seconds (1), straight from point to point."""
+    points = np.array(row["curve"])
+    return float(np.interp(value, points[:, column], points[:, 2]))
+
+
+def first_at(row: Row, loss: float) -> str:
+    """The first evaluation at which a curve is down to a loss."""
+    return next((str(step) for step, _, value in row["curve"] if value <= loss), f"more than {row['steps']}")
+
+
+STUDY = Study("optimizers", "AdamW, Muon, SOAP, Sophia by steps, compute and seconds", texts.prepare, RUNS, show)

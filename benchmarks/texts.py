@@ -1,0 +1,121 @@
+"""What the studies of text share: English documents of Debian by domain, a tokenizer of them, and small Llamas.
+
+    mm data build debian-text --out corpora/debian-text
+
+A document is trained on, validated on or tested on by its id, so all studies hold out the same ones.
+"""
+
+import gzip
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.studies.moma import place_of, shards, split_of
+from benchmarks.training import CACHE
+from mm.data.config import Split
+from mm.data.train_tokenizer import train, write
+
+DATA = CACHE / "study-texts"
+TEXT = "debian-text/*.jsonl.gz"
+DOMAINS = ("dictionary", "kernel-docs", "manpages", "python-docs", "quotes", "scripture")
+"""Those with a few million characters of English and more."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+VOCABULARY = 2048
+CONTEXT = 512
+HELD_OUT = 0.04
+"""Share of the documents to test on, and half as many to validate on,"""
+MOST = {"train": 10**9, "validation": 30_000, "test": 150_000}
+"""up to so many characters of a domain."""
+
+
+def prepare() -> None:
+    """`DOMAIN-SPLIT.jsonl` of every domain, with `text`, `id` and `url`, a made-up address that names the domain; and
+    the tokenizer. The folder appears when all is there."""
+    if DATA.exists():
+        return
+    unfinished = DATA.with_name(f".{DATA.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    files = {
+        (domain, split): open(unfinished / f"{domain}-{split}.jsonl", "w", encoding="utf-8")
+        for domain in DOMAINS
+        for split in SPLITS
+    }
+    sizes = dict.fromkeys(files, 0)
+    sample: list[str] = []
+    for shard in shards(TEXT, "debian-text"):
+        with gzip.open(shard, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                one = json.loads(line)
+                if one["language"] != "en" or one["domain"] not in DOMAINS:
+                    continue
+                split: Any = split_of(one["id"], HELD_OUT)
+                key = one["domain"], split
+                text = one["text"][: MOST[split] - sizes[key]]
+                sizes[key] += len(text)
+                if not text:
+                    continue
+                about = {"text": text, "id": one["id"], "url": f"https://{one['domain']}.example/{one['id']}"}
+                files[key].write(json.dumps(about, ensure_ascii=False) + "\n")
+                if split == "train" and place_of(f"tokenizer {one['id']}") < 0.1:
+                    sample.append(one["text"])
+    for file in files.values():
+        file.close()
+    write(train(iter(sample), VOCABULARY), unfinished / "tokenizer")
+    unfinished.rename(DATA)
+
+
+def source(domain: str, split: Split, **more: Any) -> dict[str, Any]:
+    return {"kind": "text", "name": domain, "path": str(DATA / f"{domain}-{split}.jsonl"), **more}
+
+
+def data(weights: Mapping[str, float], held_out: Mapping[str, float] | None = None, **more: Any) -> dict[str, Any]:
+    """The section of a run on some domains, by shares of tokens; `held_out`: others to validate and test on."""
+    return {
+        "sources": [source(domain, "train") for domain in weights],
+        "validation": [source(domain, "validation") for domain in held_out or weights],
+        "test": [source(domain, "test") for domain in held_out or weights],
+        "mixture": {"weights": dict(weights)},
+        "context_length": CONTEXT,
+        "too_long": "split",
+        "workers": 0,
+        **more,
+    }
+
+
+def model(width: int, layers: int, **more: Any) -> dict[str, Any]:
+    """A Llama with heads of 32 and an MLP of 8/3 the width; embeddings are tied."""
+    return {
+        "kind": "text_lm",
+        "language": {
+            "tokenizer": str(DATA / "tokenizer"),
+            "config": {
+                "model_type": "llama",
+                "hidden_size": width,
+                "intermediate_size": 8 * round(width / 3),
+                "num_hidden_layers": layers,
+                "num_attention_heads": width // 32,
+                "num_key_value_heads": width // 32,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.06,
+            },
+        },
+        **more,
+    }
+
+
+def training(steps: int, lr: float, rows: int = 8, **more: Any) -> dict[str, Any]:
+    """AdamW unless `optimizer` is given, whose `lr` is set."""
+    optimizer = {"kind": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1, **more.pop("optimizer", {}), "lr": lr}
+    return {
+        "max_steps": steps,
+        "batch_tokens": rows * CONTEXT,
+        "micro_batch": rows,
+        "optimizer": optimizer,
+        "schedule": {"kind": "cosine", "warmup": 0.05, "final": 0.1},
+        "log_every": 10,
+        "save_every": 250,
+        "device": "cpu",
+        **more,
+    }

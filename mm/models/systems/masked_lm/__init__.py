@@ -1,0 +1,1 @@
+"""Masked language models: encoders that predict the tokens that they do not see (BERT, 1810.04805)."""

@@ -1,0 +1,86 @@
+"""Power laws: known numbers come back, scipy agrees, intervals hold what is true, and too few points are refused."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import curve_fit
+
+from mm import cli
+from mm.errors import DataError
+from mm.fit import draw, fit_power, parse_law
+
+X = np.geomspace(0.15, 1.4, 5)
+"""Of the published fit, in billions of parameters: 3.43 + 0.05 / N^1.02 (2509.14786)."""
+
+
+def test_known_numbers_come_back() -> None:
+    fit = fit_power(X, 3.43 + 0.05 / X**1.02)
+    assert (fit.E.value, fit.A.value, fit.a.value) == pytest.approx((3.43, 0.05, 1.02), rel=2e-3)
+    assert fit.residual < 1e-5
+    assert fit.at(10).value == pytest.approx(3.43 + 0.05 / 10**1.02, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1, 1e9], ids=["near-1", "large"])
+def test_scipy_finds_the_same(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    x = np.geomspace(1, 100, 12)
+    y = 2 + 3 / x**0.5 + rng.normal(0, 0.01, 12)
+    (E, A, a), _ = curve_fit(lambda x, E, A, a: E + A / x**a, x, y, p0=(1.5, 2, 0.4))
+    fit = fit_power(x * scale, y)
+    assert (fit.E.value, fit.a.value) == pytest.approx((E, a), rel=1e-3)
+    assert fit.A.value == pytest.approx(A * scale**a, rel=1e-2)
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(seeds: int) -> None:
+    rng, inside = np.random.default_rng(1), 0
+    x = np.repeat(np.geomspace(1, 64, 7), seeds)
+    for _ in range(20):
+        fit = fit_power(x, 3 + 1 / x**0.6 + rng.normal(0, 0.01, len(x)))
+        assert fit.by_seeds == (seeds > 1)
+        inside += fit.E.low <= 3 <= fit.E.high
+    assert inside >= 14  # of 20; intervals of few points are too narrow rather than too wide
+
+
+def test_the_asymptote_is_not_above_what_was_reached() -> None:
+    x = np.array([1.0, 2, 4, 8, 16])
+    fit = fit_power(x, [3.0, 2.0, 2.0, 2.0, 2.1])
+    assert fit.E.value <= 2.0
+    assert fit.A.value >= 0
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(DataError, match=r"at least, found 3: 1, 2, 4"):
+        fit_power([1, 2, 4, 4], [3, 2, 1.5, 1.6])
+    with pytest.raises(DataError, match="finite"):
+        fit_power([1, 2, 4, 8], [3, 2, float("nan"), 1])
+
+
+def test_laws_are_parsed() -> None:
+    assert parse_law("E + A/N^a") == "N"
+    assert parse_law("E+A/K^a") == "K"
+    with pytest.raises(DataError, match="expected E\\+A/X\\^a"):
+        parse_law("A*N^a")
+
+
+def test_a_table_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "ensemble.csv"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([("K", "loss"), *((k, 3.3 + 0.2 / k) for k in range(1, 6))])
+    chart = tmp_path / "fit.png"
+    call = ["fit", str(table), "--law", "E+A/K^a", "--metric", "loss", "--at", "100", "--out", str(chart), "--json"]
+    assert cli.main(call) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["E"][0] == pytest.approx(3.3, abs=1e-3)
+    assert found["at 100"][0] == pytest.approx(3.302, abs=1e-3)
+    assert chart.stat().st_size > 10_000
+
+
+def test_a_chart_of_points_with_seeds(tmp_path: Path) -> None:
+    points = [(f"run-{n}-{s}", n, 2 + 1 / n + 0.01 * s) for n in (1, 2, 4, 8) for s in (0, 1)]
+    fit = fit_power([x for _, x, _ in points], [loss for _, _, loss in points])
+    draw(tmp_path / "fit.png", points, fit, "N", "test_loss")
+    assert (tmp_path / "fit.png").exists()

@@ -1,0 +1,109 @@
+"""The studies of text on a handful of documents: every run's config is one, and tables say what rows hold."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import texts
+from benchmarks.studies import continual, infinite_compute, meco, moma, optimizers, pcfg
+from benchmarks.study import Row, Study
+from mm.config import RunConfig, load_config
+
+STUDIES = {one.STUDY.name: one.STUDY for one in (continual, infinite_compute, meco, optimizers, pcfg)}
+
+
+@pytest.fixture
+def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Documents of every domain, and of one in another language."""
+    folder = tmp_path / "corpora/debian-text"
+    folder.mkdir(parents=True)
+    for domain in texts.DOMAINS:
+        with gzip.open(folder / f"{domain}-000000.jsonl.gz", "wt") as file:
+            for n in range(60):
+                text = f"{domain} text {n}: " + " ".join(f"word{n * k % 17}" for k in range(40))
+                about = {"id": f"{domain}/{n}", "domain": domain, "language": "en" if n else "de", "text": text}
+                file.write(json.dumps(about) + "\n")
+    monkeypatch.setattr(moma, "CORPORA", tmp_path / "corpora")
+    monkeypatch.setattr(texts, "DATA", tmp_path / "texts")
+    monkeypatch.setattr(texts, "HELD_OUT", 0.2)
+    monkeypatch.setattr(infinite_compute, "DATA", tmp_path / "infinite")
+    optimizers.shares.cache_clear()
+    texts.prepare()
+    infinite_compute.prepare()
+    return tmp_path
+
+
+def test_documents_are_held_out_by_their_ids(corpora: Path) -> None:
+    ids: dict[str, set[str]] = {}
+    for split in texts.SPLITS:
+        for domain in texts.DOMAINS:
+            lines = (texts.DATA / f"{domain}-{split}.jsonl").read_text().splitlines()
+            ids.setdefault(split, set()).update(json.loads(line)["id"] for line in lines)
+    assert sum(map(len, ids.values())) == len(set.union(*ids.values())) == 59 * len(texts.DOMAINS)
+    assert all(ids.values())
+
+
+def fake_rows(study: Study, corpora: Path) -> list[Row]:
+    """A row for every run, in order, each config written, read and checked with the rows before it."""
+    rows: list[Row] = []
+    rng = np.random.default_rng(0)
+    for run in study.runs:
+        config: Any = None
+        if run.config is not None:
+            path = corpora / "study.yaml"
+            path.write_text(yaml.safe_dump({**run.config(rows), "seed": run.seed, "out": "unused"}))
+            config = load_config(path)
+            assert isinstance(config, RunConfig)
+        steps = 1000
+        curve = [[step, 0.3 * step, 8 - np.log(step) / 2 + rng.normal(0, 0.01)] for step in range(100, steps + 1, 100)]
+        result = {
+            "test_loss": float(curve[-1][2]),
+            "stages": [{domain: float(rng.normal(5, 0.1)) for domain in continual.DOMAINS} for _ in range(3)],
+            "tokens": [10, 20, 30],
+            "nats": {name: rng.normal(50, 1, 3).tolist() for name in ("right", "wrong", "none")},
+            "sizes": [{"K": k, "loss": 4 + 1 / k, "probabilities": 4.1 + 1 / k, "subsets": 3} for k in range(1, 6)],
+            "loss": [{"told": told, "model": 1.5, "bayes": 1.4} for told in (0, 3)],
+            "probes": {"accuracy": rng.random((3, 10, 3)).tolist(), "bayes": rng.random((10, 3)).tolist()},
+            "grammatical": [{"prompts": [0, 4, 8], "own": [0.1, 0.5, 0.9], "any": [0.9] * 3, "bayes": [0.2, 0.6, 1.0]}],
+        }
+        rows.append(
+            {
+                "run": run.name, "seed": run.seed, "steps": steps, "seconds": 300.0 + len(rows), "loss_tokens": 4e6,
+                "curve": curve, "result": result,
+            }
+        )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_has_a_config_and_every_row_a_place(
+    name: str, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = fake_rows(STUDIES[name], corpora)
+    for some in ([], rows[:1], rows[: len(rows) // 2], rows):
+        shown = STUDIES[name].show(some)
+        for table in shown.split("\n\n"):
+            widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+            assert len(widths) <= 1
+    assert len(shown) > 300
+    assert sum(run.minutes for run in STUDIES[name].runs) <= 180
+
+
+def test_optimizers_are_counted_in_flops(corpora: Path) -> None:
+    optimizers.flops.cache_clear()
+    adamw, muon, soap, sophia = (optimizers.flops(arm) for arm in ("AdamW", "Muon", "SOAP", "Sophia"))
+    assert adamw < sophia == pytest.approx(1.1 * adamw)
+    assert adamw < min(muon, soap)
+
+
+def test_parameters_are_those_of_the_model(corpora: Path) -> None:
+    config = infinite_compute.config("96 x 3", 0.1, 1e-3)
+    run = RunConfig.model_validate({**config, "out": "unused"})
+    rows = run.model.build(weights=False).language.get_input_embeddings().num_embeddings
+    found = sum(parameter.numel() for parameter in run.model.build(weights=False).parameters())
+    assert found == infinite_compute.parameters("96 x 3") - (texts.VOCABULARY - rows) * 96
