@@ -6,7 +6,8 @@ in turn. SOAP and Muon have the weights of linear layers, fused AdamW has the re
 
 - SOAP: *ordinary*, the median of all steps but the first, which makes the bases; *refresh*, the longest of ten;
   *cycle*, the mean of ten. Medians over cycles. *In blocks*: of the model's width, which is another algorithm.
-- Sophia: the step between estimates; what taking up an estimate costs, its extra pass apart.
+- Sophia: the step between estimates; what taking up an estimate costs, its extra pass apart, with the count of what is
+  not clipped, which is logged; the mean of ten steps with one of these.
 
 Then the same in % of the forward and backward pass that a step is made of, at 2,048 and 16,384 tokens: costs of an
 optimizer do not depend on tokens. Sophia's has a tenth of a forward and backward pass in it, for an estimate every 10
@@ -57,7 +58,7 @@ def main() -> None:
             model = model_of(layers, width, vocabulary)
             optimizers, missing = candidates(model, width)
             spent = in_turn(optimizers, model, cycles)
-            estimate = [timed(optimizers["Sophia"].extra, Estimate()) for _ in range(CYCLE)]
+            estimate = [timed(take_up, optimizers["Sophia"]) for _ in range(CYCLE)]
             del optimizers
             passes = {tokens: forward_and_backward(model, tokens) for tokens in TOKENS[: 1 if options.quick else 2]}
             for number, unit in enumerate(("ms", "CPU ms")):
@@ -94,9 +95,9 @@ def costs(about: str, unit: str, times: dict[str, list[float]], taken: float, mi
         one("SOAP, cycle", cycle, "SOAP", f"SOAP, {PEER}", **fused),
         one("SOAP, cycle, long axes in blocks", cycle, BLOCKS, **fused),
     ]
-    over = {"ours": ordinary["Sophia"] / ordinary["AdamW"]}
-    limit = 1.5 if compiled("cpu") else 4.0
-    rows.append({**row(f"{about}: Sophia over fused AdamW", f"times, {unit}", over, {}), "limit": limit})
+    over = {"ours": (ordinary["Sophia"] + taken / CYCLE) / ordinary["AdamW"]}
+    limit = 1.8 if compiled("cpu") else 4.3
+    rows.append({**row(f"{about}: Sophia's cycle over fused AdamW", f"times, {unit}", over, {}), "limit": limit})
     if not missing:
         faster = {"ours": cycle[f"SOAP, {PEER}"] / cycle["SOAP"]}
         rows.append(
@@ -180,6 +181,13 @@ class Estimate:
 
     def clip(self, limit: float | None) -> Tensor:
         return torch.ones(())
+
+
+def take_up(sophia: Any) -> None:
+    """What a run does once in `every` steps, if it logs them."""
+    sophia.extra(Estimate())
+    for number in sophia.shares().values():
+        number.tolist()
 
 
 def in_turn(optimizers: dict[str, Optimizer], model: nn.Module, cycles: int) -> Spent:

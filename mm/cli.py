@@ -183,7 +183,7 @@ def generate(args: argparse.Namespace) -> Result:
     sampling |= search_of(args)
     decoding = Decoding(args.max_new_tokens, **sampling, stop=tuple(args.stop), stop_ids=tuple(args.stop_id))
     drawing = answers.drawing_of(args.pictures, args.draw, args.guidance)
-    metadata = hub.metadata_of(args.path).spelt(args.metadata) if args.metadata else None
+    metadata = hub.metadata_of(args.path).asked(args.metadata) if args.metadata else None
     if bool(args.prompts) == bool(args.prompt or args.image) and (args.prompts or not (args.draw or metadata)):
         raise ConfigError("give --prompt, --image or both, or --prompts FILE for many")
     if args.prompts:
@@ -497,18 +497,26 @@ def data_kmeans(args: argparse.Namespace) -> Result:
 
 
 def tokenizer_train(args: argparse.Namespace) -> Result:
+    from functools import partial
+
     from rich.console import Console
     from rich.table import Table
 
+    from mm.config import load_config
     from mm.data import train_tokenizer as tokenizers
 
     out, special = Path(args.out), args.special or tokenizers.SPECIAL
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another --out or remove it")
-    texts = (text for _, text in tokenizers.texts_of(args.files))
-    trained = tokenizers.train(texts, args.vocab_size, special, args.kind, args.multiple)
+    if bool(args.files) == bool(args.config):
+        raise ConfigError("give either the config of a run, whose training texts are learned from, or --files")
+    read = partial(tokenizers.texts_of, args.files)
+    if args.config:
+        runs = load_config(args.config, args.overrides).stage_runs()
+        read = partial(tokenizers.texts_in, tokenizers.text_sources(run.data for run in runs))
+    trained = tokenizers.train((text for _, text in read()), args.vocab_size, special, args.kind, args.multiple)
     tokenizers.write(trained, out, special)
-    found = tokenizers.compression(trained, tokenizers.texts_of(args.files))
+    found = tokenizers.compression(trained, read())
     if not args.json:
         table = Table("files", "characters", "tokens", "characters a token", "bytes a token", box=None, pad_edge=False)
         for kind, one in found.items():
@@ -837,9 +845,12 @@ def build_parser() -> argparse.ArgumentParser:
     help = "train a tokenizer, or give a model more tokens (docs/text_lm.md)"
     tokenizer = commands.add_parser("tokenizer", help=help, description=help)
     actions = tokenizer.add_subparsers(dest="action", required=True, metavar="COMMAND")
-    sub = command(tokenizer_train, "train a byte-level tokenizer on files of text", under=actions, name="train")
-    help = "text: .txt, .md, jsonl, parquet or tars, as a source of kind text reads them"
-    sub.add_argument("--files", nargs="+", required=True, metavar="PATH", help=help)
+    help = "train a byte-level tokenizer on the texts of a run's data.sources, or on files"
+    sub = command(tokenizer_train, help, under=actions, name="train")
+    sub.add_argument("config", nargs="?", help="a YAML file: filters and parts of its training sources apply")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    help = "instead of a config: .txt, .md, jsonl, parquet or tars, as a source of kind text reads them"
+    sub.add_argument("--files", nargs="+", default=[], metavar="PATH", help=help)
     sub.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
     sub.add_argument("--kind", choices=("bpe", "unigram"), default="bpe", help="of its pieces (bpe)")
     help = "special tokens, the first being 0; by default those that templates name"

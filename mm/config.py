@@ -22,6 +22,7 @@ from mm.models.config import ModelConfig
 from mm.models.teachers.config import teacher_of
 from mm.settings import Section, merge
 from mm.train.config import EvaluationConfig, TrainConfig
+from mm.train.engines.config import REFUSED
 from mm.train.schedules import spans
 
 Keys = tuple[str | int, ...]
@@ -30,6 +31,10 @@ WHOLE_RUN = (
     "branch_data",
 )  # fmt: skip
 """Settings of `train` that stages have in common."""
+BEGINNING = ("init_from", "init_optimizer")
+"""Settings of `train` that a stage has no use for behind the first."""
+STATE = ("precondition", "max_precond_dim", "block")
+"""Settings of `train.optimizer`, besides its kind, that what it keeps of a parameter depends on."""
 
 
 class StageConfig(Section):
@@ -105,7 +110,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     problems = [] if config.stages else contradictions(config, config.train.max_steps)
     problems += _problems_of_stages(config, tree, path, origins)
     if problems:
-        raise ConfigError("\n".join(f"{_where(keys, path, origins)}: {text}" for keys, text in problems))
+        lines = [f"{_where(keys, path, origins)}: {text}" for keys, text in problems]
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
     return config
 
 
@@ -137,6 +143,14 @@ def _problems_of_stages(
             for key in WHOLE_RUN
             if key in stage.train
         ]
+        found += [
+            (
+                ("stages", number, "train", key),
+                "is for the beginning of a run: leave it out, or set it above the stages",
+            )
+            for key in BEGINNING
+            if number and key in stage.train
+        ]
         if stage.rewarm and not stage.keep_optimizer:
             found.append((("stages", number, "rewarm"), "the schedule begins anew without keep_optimizer anyway"))
         elif stage.keep_optimizer:
@@ -154,6 +168,13 @@ def _not_kept(stage: StageConfig, before: RunConfig, run: RunConfig) -> list[tup
     kinds = [one.train.optimizer.kind for one in (before, run)]
     if kinds[0] != kinds[1]:
         found.append((("train", "optimizer"), f"{kinds[1]} cannot go on with the moments of {kinds[0]}"))
+    for key in STATE if kinds[0] == kinds[1] else ():
+        was, now = (getattr(one.train.optimizer, key, None) for one in (before, run))
+        if was != now:
+            text = f"is {now}, the moments of the stage before are of {was}: set it as there, or keep_optimizer=false"
+            found.append((("train", "optimizer", key), text))
+    if stage.convert is not None and run.train.engine.kind == "deepspeed":
+        found.append((("keep_optimizer",), "deepspeed loads moments with the weights, which convert changes: use fsdp"))
     if before.train.lora or run.train.lora:
         found.append((("keep_optimizer",), "adapters are merged between stages, and their moments are of no more use"))
     if stage.counts_on and before.train.schedule != run.train.schedule:
@@ -220,8 +241,25 @@ def contradictions(config: RunConfig, steps: int | None = None) -> list[tuple[Ke
         "train.engine.stage",
         "3 has no whole weights where a clip model cuts positions to the length of texts; set stage 2, or kind fsdp",
     )
+    rule(
+        train.engine.kind == "deepspeed" and train.optimizer.kind in REFUSED,
+        "train.optimizer.kind",
+        f"{train.optimizer.kind} under deepspeed: it {REFUSED.get(train.optimizer.kind)}",
+    )
+    coarse = {train.precision, *(one.weights for one in getattr(train.engine, "precision", ()))} != {"fp32"}
+    rule(
+        coarse and getattr(train.optimizer, "estimator", None) == "hutchinson",
+        "train.optimizer.estimator",
+        "hutchinson takes small differences of gradients, for which bf16 is too coarse: set train.precision and "
+        "train.engine.precision to fp32, or estimator gnb",
+    )
     for key, text in train.schedule.problems(steps) if trains and steps else ():
         rule(True, f"train.schedule.{key}", text)
+    rule(
+        train.branch is None and train.branch_data == "anew",
+        "train.branch_data",
+        "anew is for a run with train.branch; name the checkpoint to branch off from, or leave it out",
+    )
     rule(
         train.init_optimizer and train.init_from is None,
         "train.init_optimizer",

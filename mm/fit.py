@@ -58,11 +58,12 @@ class Fit:
         return _estimate(self.E.value + self.A.value * x**-self.a.value, _law(self.draws, x))
 
 
-def fit_power(x: Sequence[float], losses: Sequence[float], seed: int = 0) -> Fit:
+def fit_power(x: Sequence[float], losses: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Fit:
     """Least squares under A >= 0 and E at most the lowest loss, a from 0.01 to 10.
 
-    Intervals are 2.5 and 97.5 % of 1,000 draws: where every x has several losses (seeds), of as many of them drawn at
-    every x; else of the law with residuals drawn on top, scaled up for the three numbers that were fitted.
+    Intervals are 2.5 and 97.5 % of fits to so many draws of the losses: normal ones, around the means at each x with
+    the variance between seeds, where every x has several; else around the law with the variance of what it misses. The
+    variance is itself drawn, as few points say little of it.
 
     Raises `DataError` for fewer than four different x.
     """
@@ -77,25 +78,14 @@ def fit_power(x: Sequence[float], losses: Sequence[float], seed: int = 0) -> Fit
         raise DataError("a law needs finite losses at positive places")
     rng = np.random.default_rng(seed)
     (best,) = _solve(xs, ys[None])
-    left = ys - _law(best[None], xs[:, None])[:, 0]
+    law = _law(best[None], xs[:, None])[:, 0]
     by_seeds = bool((number > 1).all())
-    if by_seeds:
-        drawn = np.stack([_redrawn(ys, place, rng) for _ in range(DRAWS)])
-    else:
-        centred = (left - left.mean()) * np.sqrt(len(xs) / (len(xs) - 3))
-        drawn = ys - left + rng.choice(centred, (DRAWS, len(xs)))
-    draws = _solve(xs, drawn)
-    E, A, a = (_estimate(value, draws[:, n]) for n, value in enumerate(best))
-    return Fit(E, A, a, float(np.sqrt((left**2).mean())), draws, by_seeds)
-
-
-def _redrawn(ys: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Losses with each taken from those at its own place."""
-    out = np.empty_like(ys)
-    for one in range(place.max() + 1):
-        here = np.flatnonzero(place == one)
-        out[here] = ys[rng.choice(here, len(here))]
-    return out
+    middle = (np.bincount(place, weights=ys) / number)[place] if by_seeds else law
+    free = len(ys) - (len(different) if by_seeds else 3)
+    variances = ((ys - middle) ** 2).sum() / rng.chisquare(free, (draws, 1))
+    drawn = _solve(xs, middle + np.sqrt(variances) * rng.normal(size=(draws, len(ys))))
+    E, A, a = (_estimate(value, drawn[:, n]) for n, value in enumerate(best))
+    return Fit(E, A, a, float(np.sqrt(((ys - law) ** 2).mean())), drawn, by_seeds)
 
 
 def _law(numbers: np.ndarray, x: Any) -> np.ndarray:

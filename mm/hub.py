@@ -85,7 +85,8 @@ def load(
 
 def metadata_of(path: Path | str) -> "MetadataConfig":
     """How a run says of its documents where they are from, in any of its stages: that of its sources, or of those of
-    its packed set, if that is still there. `metadata_of(path).spelt("en.wikipedia.org")` goes in front of a prompt.
+    its packed set, if that is still there. `metadata_of(path).asked("https://en.wikipedia.org")` goes in front of a
+    prompt. Of sources with a `fixed` value, any value is taken as it stands.
 
     Raises:
         ConfigError: its documents have no metadata, or some have others than the rest.
@@ -93,24 +94,30 @@ def metadata_of(path: Path | str) -> "MetadataConfig":
     """
     from mm.data.metadata import MetadataConfig
     from mm.data.packed import PackedDataset
+    from mm.data.shards import in_root
     from mm.models import released
     from mm.train import checkpoint
 
     if released.find(path) is not None:
         raise ConfigError(f"{path}: a released model; nothing says whether its documents had metadata")
-    found: dict[tuple[str, str], MetadataConfig] = {}
+    given: list[MetadataConfig] = []
     for run in load_config(checkpoint.find(Path(path)).parent.parent / "config.yaml").stage_runs():
         sources: list[dict[str, Any]] = [source.model_dump() for source in run.data.sources]
         if run.data.packed is not None:
             with suppress(DataError):
                 sources = PackedDataset(run.data.packed / "train").about["provenance"]["sources"]
-        for given in filter(None, (source.get("metadata") for source in sources)):
-            one = MetadataConfig.model_validate(given)
-            found[one.prefix, one.suffix] = one
+        for values in filter(None, (source.get("metadata") for source in sources)):
+            one = MetadataConfig.model_validate(values)
+            given.append(one.model_copy(update={"known": in_root(one.known, str(run.data.root))}))
+    found = {(one.prefix, one.suffix, one.take, one.known): one for one in given if one.fixed is None}
+    around = {key[:2] for key in found}
+    for one in given:
+        if one.fixed is not None and (one.prefix, one.suffix) not in around:
+            found[one.prefix, one.suffix, "value", ""] = one.model_copy(update={"fixed": None, "take": "value"})
     if not found:
         raise ConfigError(f"{path}: no document that it was trained on has metadata")
     if len(found) > 1:
-        several = ", ".join(f"{prefix!r} … {suffix!r}" for prefix, suffix in found)
+        several = "; ".join(f"{one.prefix!r} {one.take} {one.known} {one.suffix!r}" for one in found.values())
         raise ConfigError(f"{path}: its training documents have metadata of {len(found)} kinds: {several}")
     return next(iter(found.values()))
 

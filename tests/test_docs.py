@@ -1,6 +1,7 @@
-"""The examples of docs/formats.md, run as they are printed there."""
+"""The examples of docs/formats.md, run as they are printed there; commands of other pages, as far as their configs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,18 @@ def test_the_stages_of_the_training_page_are_a_run(tmp_path: Path) -> None:
     assert align.train.params and not pretrain.train.params
     assert pretrain.train.optimizer.betas == align.train.optimizer.betas
     assert last.model.vision.image_size == 96 and last.model.vision.name == align.model.vision.name
+
+
+def test_the_runs_of_the_page_of_language_models_are_configs() -> None:
+    page = (ROOT / "docs/text_lm.md").read_text().replace("\\\n", " ").replace("$seed", "0").replace(";", "\n")
+    found = {}
+    for command in re.findall(r"\bmm (?:train|pack|tokenizer train|estimate) (configs/.*)", page):
+        path, *words = shlex.split(command, comments=True)
+        config = load_config(ROOT / path, [word for word in words if "=" in word])
+        found[config.out.name] = config
+    assert found.keys() >= {"smoke_1m", "smoke_1m_through", "grown", "extended", "seed_0", "student"}
+    assert found["extended"].model.language.tokenizer_name == found["extended"].model.language.name == "extended"
+    heads = [stage.model.language.config["head_dim"] for stage in found["grown"].stage_runs()]
+    assert heads == [32, 32], "a wider hidden_size alone does not make them wider"
+    member, student = (found[name].train for name in ("seed_0", "student"))
+    assert (member.epochs, member.optimizer) == (student.epochs, student.optimizer)

@@ -62,6 +62,7 @@ def fake_rows(study: Study, corpora: Path) -> list[Row]:
         steps = 1000
         curve = [[step, 0.3 * step, 8 - np.log(step) / 2 + rng.normal(0, 0.01)] for step in range(100, steps + 1, 100)]
         result = {
+            "exported": "member",
             "test_loss": float(curve[-1][2]),
             "stages": [{domain: float(rng.normal(5, 0.1)) for domain in continual.DOMAINS} for _ in range(3)],
             "tokens": [10, 20, 30],
@@ -94,8 +95,28 @@ def test_every_run_has_a_config_and_every_row_a_place(
     assert sum(run.minutes for run in STUDIES[name].runs) <= 180
 
 
+def test_what_is_tuned_is_chosen_on_validation_and_not_on_test() -> None:
+    """The second value is the best one to validate with, the first one to test with."""
+
+    def rows(names: list[str]) -> list[Row]:
+        found = []
+        for n, name in enumerate(names):
+            result = {"test_loss": float(n), "stages": [{"a": float(n)}], "nats": {"none": [float(n)]}, "tokens": [1]}
+            found.append({"run": name, "seed": 0, "curve": [[100, 1.0, abs(n - 1.0)]], "result": result})
+        return found
+
+    rates = optimizers.ARMS["Muon"][1]
+    assert optimizers.best_rate("Muon", rows([f"Muon, {rate:g}" for rate in rates]))[0] == rates[1]
+    assert continual.best_rate("union", rows([f"union, {rate:g}" for rate in continual.RATES])) == continual.RATES[1]
+    assert meco.best_rate("plain", rows([f"plain, {rate:g}" for rate in meco.RATES]))[0] == meco.RATES[1]
+    size, by_rate = "64 x 2", rows([f"64 x 2, rate {rate:g}" for rate in infinite_compute.RATES])
+    assert infinite_compute.rate_of(size, by_rate) == infinite_compute.RATES[1]
+    by_decay = rows(["", *(infinite_compute.name_of(size, decay) for decay in infinite_compute.DECAYS[1:])])
+    by_decay[1]["curve"][0][2] = -1.0
+    assert infinite_compute.decay_of(size, [*by_rate, *by_decay]) == infinite_compute.DECAYS[1]
+
+
 def test_optimizers_are_counted_in_flops(corpora: Path) -> None:
-    optimizers.flops.cache_clear()
     adamw, muon, soap, sophia = (optimizers.flops(arm) for arm in ("AdamW", "Muon", "SOAP", "Sophia"))
     assert adamw < sophia == pytest.approx(1.1 * adamw)
     assert adamw < min(muon, soap)

@@ -1,14 +1,16 @@
 """Few data and all the compute one likes: weight decay, size, ensembles and a student of them.
 
-The questions of *Pre-training under infinite compute* (2509.14786) on 0.2 million tokens of Python's documentation:
-models of 0.2 to 3.5 million parameters read them `EPOCHS` times, with decay from the customary 0.1 to 30 times that.
+The questions of *Pre-training under infinite compute* (2509.14786) on 0.23 million tokens of the kernel's
+documentation: models of 0.2 to 2.2 million parameters read them some twelve times, with decay from the customary 0.1 to
+30 times that.
 
 - Is the largest model the best one, at decay 0.1 and at the best decay of each size? The law E + A / N^a of the latter.
 - Ensembles of seeds of the second size: the law E + A / K^a of 1 to 5 members.
 - A student of that size that learns from the five.
 
-The learning rate is the best of three at decay 0.1 for the second size (seed 0), the same for all. "lowest" is the
-lowest validation loss along the way, which shows what early stopping would save; laws are of test losses at the end.
+Every size has the best of three learning rates at decay 0.1, and then the best of three decays at that rate (seed 0, by
+the validation loss at the end). "lowest" is the lowest validation loss along the way, which shows what early stopping
+would save; laws are of test losses at the end.
 
     mm data build debian-text --out corpora/debian-text
 """
@@ -24,19 +26,19 @@ from benchmarks.studies.moma import spread
 from benchmarks.study import Config, Row, Run, Study
 from benchmarks.training import CACHE
 from mm.evals.ensemble import ensemble
+from mm.files import atomic
 from mm.fit import fit_power
 from mm.hub import export
 
 DATA = CACHE / "study-infinite_compute"
-DOMAIN = "python-docs"
+DOMAIN = "kernel-docs"
 CHARACTERS = 600_000
-SIZES = {"64 x 2": (64, 2), "96 x 3": (96, 3), "128 x 4": (128, 4), "224 x 5": (224, 5)}
+SIZES = {"64 x 2": (64, 2), "96 x 3": (96, 3), "128 x 4": (128, 4), "192 x 4": (192, 4)}
 DECAYS = (0.1, 0.8, 3.2)
 RATES = (2e-3, 4e-3, 8e-3)
 MEMBERS, MEMBER = 5, "96 x 3"
 SEEDS = (0, 1)
-EPOCHS = 16
-ROWS = 4
+STEPS, EVERY, ROWS = 1300, 100, 4
 
 
 def prepare() -> None:
@@ -53,61 +55,70 @@ def prepare() -> None:
         kept.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         if size >= CHARACTERS:
             break
-    out.write_text("".join(kept), encoding="utf-8")
+    with atomic(out) as file:
+        file.write("".join(kept).encode())
 
 
 def config(size: str, decay: float, rate: float, teachers: Sequence[str] = ()) -> Config:
     data = texts.data({DOMAIN: 1.0}, mixture={})
     data["sources"] = [{"kind": "text", "name": DOMAIN, "path": str(DATA / "train.jsonl")}]
-    train = texts.training(1, rate, ROWS, optimizer={"weight_decay": decay})
-    del train["max_steps"]
     distill = {"distill": {"teachers": [*teachers], "weight": 0.5}} if teachers else {}
     return {
         "data": data,
         "model": texts.model(*SIZES[size], **distill),
-        "train": {**train, "epochs": EPOCHS},
-        "evaluation": {"every": 50},
+        "train": texts.training(STEPS, rate, ROWS, optimizer={"weight_decay": decay}),
+        "evaluation": {"every": EVERY},
     }
 
 
-def rate_of(rows: Sequence[Row]) -> float:
-    losses = {rate: row["result"]["test_loss"] for row in rows for rate in RATES if row["run"] == f"rate {rate:g}"}
+def rates_of(size: str, rows: Sequence[Row]) -> dict[float, float]:
+    """Validation losses at the end, decay 0.1."""
+    return {rate: row["curve"][-1][2] for rate in RATES for row in rows if row["run"] == f"{size}, rate {rate:g}"}
+
+
+def rate_of(size: str, rows: Sequence[Row]) -> float:
+    losses = rates_of(size, rows)
     return min(losses, key=losses.__getitem__)
 
 
 def decay_of(size: str, rows: Sequence[Row]) -> float:
-    """The decay with the lowest validation loss at the end, of the size's first runs."""
-    losses = {decay: one["curve"][-1][2] for decay in DECAYS for one in rows if one["run"] == name_of(size, decay)}
+    """The decay with the lowest validation loss at the end."""
+    losses = {decay: one["curve"][-1][2] for decay in DECAYS for one in rows if one["run"] == of(size, decay, rows)}
     return min(losses, key=losses.__getitem__)
+
+
+def of(size: str, decay: float, rows: Sequence[Row]) -> str:
+    """The name of the run: at the customary decay that of the best rate."""
+    return f"{size}, rate {rate_of(size, rows):g}" if decay == DECAYS[0] else name_of(size, decay)
 
 
 def name_of(size: str, decay: float) -> str:
     return f"{size}, decay {decay:g}"
 
 
-def tuned(rate: float, rows: Sequence[Row]) -> Config:
-    return config(MEMBER, 0.1, rate)
+def tuned(size: str, rate: float, rows: Sequence[Row]) -> Config:
+    return config(size, DECAYS[0], rate)
 
 
-def sized(size: str, decay: float, rows: Sequence[Row]) -> Config:
-    return config(size, decay, rate_of(rows))
+def decayed(size: str, decay: float, rows: Sequence[Row]) -> Config:
+    return config(size, decay, rate_of(size, rows))
 
 
 def regularised(size: str, rows: Sequence[Row]) -> Config:
-    return config(size, decay_of(size, rows), rate_of(rows))
+    return config(size, decay_of(size, rows), rate_of(size, rows))
 
 
 def student(rows: Sequence[Row]) -> Config:
-    teachers = [str(DATA / f"member-{seed}") for seed in range(MEMBERS)]
-    return config(MEMBER, decay_of(MEMBER, rows), rate_of(rows), teachers)
+    teachers = [row["result"]["exported"] for row in rows if row["run"] == f"{MEMBER}, regularised"]
+    return config(MEMBER, decay_of(MEMBER, rows), rate_of(MEMBER, rows), teachers)
 
 
-def kept(folder: Path, seed: int) -> dict[str, Any]:
+def exported(folder: Path) -> dict[str, Any]:
     """A member is exported, for the student."""
-    out = DATA / f"member-{seed}"
+    out = folder.resolve() / "exported"
     if not out.exists():
         export(folder / "run", out)
-    return {}
+    return {"exported": str(out)}
 
 
 def together(folder: Path) -> dict[str, Any]:
@@ -115,49 +126,57 @@ def together(folder: Path) -> dict[str, Any]:
     return ensemble(runs, "test", "cpu")
 
 
-MINUTES = {"64 x 2": 1.5, "96 x 3": 2.5, "128 x 4": 5, "224 x 5": 15}
+MINUTES = {"64 x 2": 2, "96 x 3": 3.5, "128 x 4": 5, "192 x 4": 8}
 RUNS = [
-    *(Run(f"rate {rate:g}", 0, MINUTES[MEMBER], partial(tuned, rate)) for rate in RATES),
-    *(Run(name_of(size, decay), 0, MINUTES[size], partial(sized, size, decay)) for size in SIZES for decay in DECAYS),
+    *(Run(f"{size}, rate {rate:g}", 0, MINUTES[size], partial(tuned, size, rate)) for size in SIZES for rate in RATES),
     *(
-        Run(f"{MEMBER}, regularised", seed, MINUTES[MEMBER], partial(regularised, MEMBER), partial(kept, seed=seed))
+        Run(name_of(size, decay), 0, MINUTES[size], partial(decayed, size, decay))
+        for size in SIZES
+        for decay in DECAYS[1:]
+    ),
+    *(
+        Run(f"{MEMBER}, regularised", seed, MINUTES[MEMBER], partial(regularised, MEMBER), exported)
         for seed in range(MEMBERS)
     ),
     *(Run(f"{size}, regularised", 1, MINUTES[size], partial(regularised, size)) for size in SIZES if size != MEMBER),
     Run("ensemble", 0, 1, None, together),
-    Run("student", 0, 4, student),
+    Run("student", 0, 6, student),
 ]
 
 
 def show(rows: list[Row]) -> str:
-    """Decay by size, the law of sizes, ensembles and their law, the student."""
+    """Rates, decay by size, the law of sizes, ensembles and their law, the student."""
     by: dict[str, list[Row]] = {}
     for row in rows:
         by.setdefault(row["run"], []).append(row)
-    lines = ["| test loss at the end (lowest validation loss) | " + " | ".join(f"decay {d:g}" for d in DECAYS) + " |"]
+    lines = ["| validation loss at the end, decay 0.1 | of three rates |", "|---|---|"]
+    lines += [f"| {size} | {texts.of_rates(found)} |" for size in SIZES if (found := rates_of(size, rows))]
+    titles = [f"decay {decay:g}" for decay in DECAYS]
+    lines += ["", f"| test loss at the end (lowest validation loss; rate x decay x steps) | {' | '.join(titles)} |"]
     lines.append("|---" * (len(DECAYS) + 1) + "|")
     for size in SIZES:
         cells = []
-        for decay in DECAYS:
-            found = by.get(name_of(size, decay), [])
-            cells.append(f"{found[0]['result']['test_loss']:.3f} ({lowest(found[0]):.3f})" if found else "")
-        lines.append(f"| {size} | {' | '.join(cells)} |")
+        for decay in DECAYS if rates_of(size, rows) else ():
+            found = by.get(of(size, decay, rows), [])
+            shrunk = rate_of(size, rows) * decay * STEPS
+            loss = f"{found[0]['result']['test_loss']:.3f} ({lowest(found[0]):.3f}; {shrunk:.2g})" if found else ""
+            cells.append(loss)
+        if cells:
+            lines.append(f"| {size} | {' | '.join(cells)} |")
     points = [(parameters(size), row["result"]["test_loss"]) for size in SIZES for row in members(size, by)]
     if len({x for x, _ in points}) == len(SIZES):
         fit = fit_power([x for x, _ in points], [loss for _, loss in points])
         lines += ["", f"At the best decay of each size: {law(fit, 'N')}"]
-    if found := by.get("ensemble"):
-        sizes = found[0]["result"]["sizes"]
+    if some := by.get("ensemble"):
+        sizes = some[0]["result"]["sizes"]
         lines += ["", "| members | test loss | averaged probabilities | subsets |", "|---|---|---|---|"]
         lines += [f"| {s['K']} | {s['loss']:.3f} | {s['probabilities']:.3f} | {s['subsets']} |" for s in sizes]
         fit = fit_power([s["K"] for s in sizes], [s["loss"] for s in sizes])
-        lines += ["", f"Of ensembles: {law(fit, 'K')}"]
-    if found := by.get("student"):
+        lines += ["", f"Of ensembles of these five, not of other ones: {law(fit, 'K')}"]
+    if some := by.get("student"):
         alone = [row["result"]["test_loss"] for row in members(MEMBER, by)]
-        lines += [
-            "",
-            f"A student of the ensemble: {found[0]['result']['test_loss']:.3f}; alone {spread(alone, '.3f')}.",
-        ]
+        learned = some[0]["result"]["test_loss"]
+        lines += ["", f"A student of the ensemble: {learned:.3f}; one alone {spread(alone, '.3f')}."]
     return "\n".join(lines)
 
 
@@ -167,7 +186,7 @@ def members(size: str, by: dict[str, list[Row]]) -> list[Row]:
     if size == MEMBER or not again:
         return again
     rows = [row for found in by.values() for row in found]
-    return [*by[name_of(size, decay_of(size, rows))], *again]
+    return [*by[of(size, decay_of(size, rows), rows)], *again]
 
 
 def lowest(row: Row) -> float:

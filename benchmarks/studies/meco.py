@@ -2,7 +2,8 @@
 
 MeCo (2501.01956) for a Llama of a million parameters on six domains of Debian's English documents, whose made-up
 addresses (`https://scripture.example/…`) say the domain: six sites, where the paper has millions. All arms take
-`STEPS` steps under one schedule; the last tenth is on another pool of documents, which no earlier step has seen.
+`STEPS` + `COOL` steps under one schedule; the last tenth is on another pool of documents, which no earlier step has
+seen.
 
 - "plain": documents alone, in both pools.
 - "metadata": `URL: scripture.example` in front of every document, in both pools.
@@ -10,7 +11,8 @@ addresses (`https://scripture.example/…`) say the domain: six sites, where the
 
 Metadata take room and bear no loss, so arms with them learn from fewer tokens in as many steps, as in the paper. Each
 arm has the best of three rates by its validation loss without metadata at the end (seed 0). Test losses are of the same
-documents under every condition; wrong metadata are those of another document.
+documents under every condition; wrong metadata are those of another document. Intervals are 95 %, by a bootstrap over
+whole documents.
 
     mm data build debian-text --out corpora/debian-text
 """
@@ -77,7 +79,7 @@ def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """`tokens` of each test document, and `nats` under each condition."""
+    """`tokens` of each test document, and `nats` under each condition, its pieces together."""
     system, layout, run = load(folder / "run", "cpu")
     held_out = [texts.source(domain, "test", metadata=METADATA) for domain in texts.DOMAINS]
     data = {**run.data.model_dump(mode="json"), "test": held_out}
@@ -85,10 +87,14 @@ def measured(folder: Path) -> dict[str, Any]:
     packed = pack_split(raw.data, "test", layout, 0)
     assert packed is not None
     found: Any = conditioned_losses(system, layout, PackedDataset(packed))
+    documents, place = np.unique([id.partition("#")[0] for id in found.ids], return_inverse=True)
+
+    def by_document(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place, weights=values, minlength=len(documents))
+
     return {
-        "domains": [id.split("/")[0] for id in found.ids],
-        "tokens": found.tokens.tolist(),
-        "nats": {name: np.round(values, 2).tolist() for name, values in found.nats.items()},
+        "tokens": by_document(found.tokens).astype(int).tolist(),
+        "nats": {name: np.round(by_document(values), 2).tolist() for name, values in found.nats.items()},
     }
 
 
@@ -117,11 +123,10 @@ def losses(row: Row, condition: str, weights: np.ndarray | None = None) -> np.nd
 
 def show(rows: list[Row]) -> str:
     """Rates, then losses under each condition and their differences from plain without metadata."""
-    lines = ["| validation loss without metadata | of three rates, low to high |", "|---|---|"]
+    lines = ["| validation loss without metadata | of three rates |", "|---|---|"]
     for arm in ARMS:
         if chosen(arm, rows):
-            found = best_rate(arm, rows)[1]
-            lines.append(f"| {arm} | {', '.join(f'{rate:g}: {loss:.3f}' for rate, loss in found.items())} |")
+            lines.append(f"| {arm} | {texts.of_rates(best_rate(arm, rows)[1])} |")
     lines += ["", f"| test loss | seeds | loss tokens | {' | '.join(CONDITIONS)} |", "|---" * 6 + "|"]
     for arm in ARMS:
         if some := chosen(arm, rows):

@@ -10,6 +10,9 @@ clipped to 1, the same packs in the same order of a seed.
 Sophia is there with its published constants and with ones for short runs (a Hessian that is forgotten sooner, a larger
 rho), since its estimate has a time constant of a thousand steps.
 
+"at AdamW's FLOPs" and "at AdamW's seconds" are runs of their own, of seed 0 and as many steps as come to what AdamW's
+runs took, each with its whole schedule. Muon's AdamW part has Muon's rate.
+
 Compute counts the FLOPs of forward and backward passes (`mm estimate`), of Sophia's extra passes, and of the matrix
 products of Muon and SOAP, a QR decomposition as 4/3 n^3; what is done element by element is not counted.
 """
@@ -30,7 +33,7 @@ from mm.train.estimate import estimate
 from mm.train.params import parameter_groups
 
 WIDTH, LAYERS = 128, 4
-STEPS, TUNED, EVERY = 1000, 300, 100
+STEPS, TUNED, EVERY = 800, 300, 100
 SEEDS = (0, 1)
 ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "AdamW": ({"kind": "adamw"}, (2e-3, 4e-3, 8e-3, 1.6e-2)),
@@ -73,9 +76,29 @@ def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]
     return min(losses, key=losses.__getitem__), losses
 
 
+def at_flops(arm: str, rows: Sequence[Row]) -> Config:
+    return config(arm, best_rate(arm, rows)[0], round(STEPS * flops("AdamW") / flops(arm)))
+
+
+def at_seconds(arm: str, rows: Sequence[Row]) -> Config:
+    ratio = seconds_a_step(arm, rows) / seconds_a_step("AdamW", rows)
+    return config(arm, best_rate(arm, rows)[0], round(STEPS / ratio))
+
+
+def seconds_a_step(arm: str, rows: Sequence[Row]) -> float:
+    return statistics.mean(row["seconds"] / row["steps"] for row in rows if row["run"] == arm)
+
+
+EQUAL = {"FLOPs": at_flops, "seconds": at_seconds}
 RUNS = [
     *(Run(f"{arm}, {lr:g}", 0, 2.5, partial(tuned, arm, lr)) for arm, (_, rates) in ARMS.items() for lr in rates),
-    *(Run(arm, seed, 8, partial(final, arm)) for seed in SEEDS for arm in ARMS),
+    *(Run(arm, seed, 6.5, partial(final, arm)) for seed in SEEDS for arm in ARMS),
+    *(
+        Run(f"{arm}, at AdamW's {what}", 0, 5, partial(made, arm))
+        for arm in ARMS
+        if arm != "AdamW"
+        for what, made in EQUAL.items()
+    ),
 ]
 
 
@@ -102,32 +125,30 @@ def flops(arm: str) -> float:
 
 def show(rows: list[Row]) -> str:
     """Rates, then losses by steps, by compute and by seconds."""
-    lines = ["| validation loss after 300 steps | of four learning rates, low to high |", "|---|---|"]
+    lines = [f"| validation loss after {TUNED} steps | of four learning rates |", "|---|---|"]
     finals = {arm: [row for row in rows if row["run"] == arm] for arm in ARMS}
     for arm in ARMS:
         if losses := best_rate_or_none(arm, rows):
-            lines.append(f"| {arm} | {', '.join(f'{lr:g}: {loss:.3f}' for lr, loss in losses.items())} |")
+            lines.append(f"| {arm} | {texts.of_rates(losses)} |")
     base = finals["AdamW"]
     if not base:
         return "\n".join(lines)
-    seconds = statistics.mean(row["seconds"] for row in base)
     titles = [
-        "arm", "lr", "seeds", *(f"step {step}" for step in (STEPS // 4, STEPS // 2, STEPS)), "test loss",
-        "s a step", "FLOPs over AdamW's", "at AdamW's FLOPs", f"at AdamW's {seconds:.0f} s",
-        "steps to AdamW's loss",
+        "arm", "lr", "seeds", *(f"step {step}" for step in (STEPS // 4, STEPS // 2, STEPS)), "test loss", "s a step",
+        "FLOPs over AdamW's", *(f"test loss at AdamW's {what}" for what in EQUAL), "steps to AdamW's loss",
     ]  # fmt: skip
     lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     reached = statistics.mean(row["curve"][-1][2] for row in base)
     for arm, found in finals.items():
         if not found:
             continue
-        ratio = flops(arm) / flops("AdamW")
         cells = [arm, f"{best_rate(arm, rows)[0]:g}", str(len(found))]
-        cells += [spread([at(row, 0, step) for row in found], ".3f") for step in (STEPS // 4, STEPS // 2, STEPS)]
+        cells += [spread([at(row, step) for row in found], ".3f") for step in (STEPS // 4, STEPS // 2, STEPS)]
         cells.append(spread([row["result"]["test_loss"] for row in found], ".3f"))
-        cells += [f"{statistics.mean(row['seconds'] / row['steps'] for row in found):.3f}", f"{ratio:.2f}"]
-        cells.append(f"{statistics.mean(at(row, 0, STEPS / ratio) for row in found):.3f}")
-        cells.append(f"{statistics.mean(at(row, 1, seconds) for row in found):.3f}")
+        cells += [f"{seconds_a_step(arm, rows):.3f}", f"{flops(arm) / flops('AdamW'):.2f}"]
+        for what in EQUAL:
+            equal = [row for row in rows if row["run"] == f"{arm}, at AdamW's {what}"]
+            cells.append("".join(f"{row['result']['test_loss']:.3f} ({row['steps']} steps)" for row in equal))
         cells.append(", ".join(first_at(row, reached) for row in found))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -140,10 +161,10 @@ def best_rate_or_none(arm: str, rows: Sequence[Row]) -> dict[float, float]:
         return {}
 
 
-def at(row: Row, column: int, value: float) -> float:
-    """The validation loss after so many steps (column 0) or seconds (1), straight from point to point."""
+def at(row: Row, step: float) -> float:
+    """The validation loss after so many steps, straight from point to point."""
     points = np.array(row["curve"])
-    return float(np.interp(value, points[:, column], points[:, 2]))
+    return float(np.interp(step, points[:, 0], points[:, 2]))
 
 
 def first_at(row: Row, loss: float) -> str:

@@ -43,13 +43,29 @@ class MetadataConfig(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> "MetadataConfig":
-        if self.fixed is not None and (self.known or not self.fixed):
-            raise ValueError("fixed: is the value of every document; give it some text, and no `known` beside it")
+        plain = type(self).model_fields
+        others = [name for name in ("field", "take", "known") if getattr(self, name) != plain[name].default]
+        if self.fixed is not None and (others or not self.fixed):
+            beside = f", and leave out {', '.join(others)}" if others else ""
+            raise ValueError(f"fixed: is the value of every document as it stands; give it some text{beside}")
         return self
 
     def spelt(self, value: str) -> Metadata:
         """A value as it stands in front of a document."""
         return Metadata(f"{self.prefix}{value}{self.suffix}")
+
+    def asked(self, value: str) -> Metadata:
+        """What stands in front of a prompt: a field's value, made into metadata as those of documents are.
+
+        Raises `ConfigError` where nothing of it is left.
+        """
+        found = MetadataReader(self, "").of({self.field: value})
+        if not found.text:
+            raise ConfigError(
+                f"metadata {value!r}: the model was trained with take: {self.take}, which leaves nothing of it; give a "
+                "value as documents have it, such as https://en.wikipedia.org/wiki/Cat"
+            )
+        return found
 
 
 class MetadataReader:

@@ -125,6 +125,13 @@ class Tokenizer:
             raise DataError(f"tokenizer {self.name}: puts {[*before, *after]} around texts; expected one token each")
         return next(iter(before), None), next(iter(after), None)
 
+    def ids(self, special: bool = True) -> dict[str, int]:
+        """Every token, as the vocabulary spells it, with its id, in order; or all but special ones."""
+        found = sorted(self._backend.get_vocab(with_added_tokens=True).items(), key=lambda one: one[1])
+        added = self._backend.get_added_tokens_decoder().values()
+        left_out = set() if special else {token.content for token in added if token.special}
+        return {token: id for token, id in found if token not in left_out}
+
     def to_json(self) -> str:
         """What a tokenizer.json holds."""
         return self._backend.to_str()

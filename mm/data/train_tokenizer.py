@@ -1,4 +1,4 @@
-"""Tokenizers trained on files of text, and trained ones extended.
+"""Tokenizers trained on files of text, or on what a run is trained on, and trained ones extended.
 
 All pieces are of bytes, so every text can be spelt. Extending goes on with BPE's merges where the tokenizer's own end:
 what it had stays as it was and comes first, so an old token is what it was, and texts only get shorter.
@@ -15,10 +15,11 @@ from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mm.data.config import DataConfig
 from mm.data.limits import Limits
 from mm.data.sample import Text
-from mm.data.sources import TextConfig
-from mm.errors import DataError
+from mm.data.sources import Source, TextConfig
+from mm.errors import ConfigError, DataError
 
 Kind = Literal["bpe", "unigram"]
 ROLES = {"bos": "<s>", "eos": "<|im_end|>", "pad": "<|endoftext|>"}
@@ -35,18 +36,33 @@ def texts_of(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
 
     The kind is the end of the file's name, such as `.jsonl.gz`. Raises `DataError` for what cannot be read.
     """
+    return texts_in([TextConfig(path=path).build("") for path in paths])
+
+
+def texts_in(sources: Sequence[Source]) -> Iterator[tuple[str, str]]:
+    """The same of sources: of those documents that a run would see, without metadata."""
     limits = Limits()
-    for path in paths:
-        source = TextConfig(path=path).build("")
+    for source in sources:
         for name in source.shards():
             ends = PurePath(name).suffixes
             kind = "".join(ends[-2:] if ends[-1:] in ([".gz"], [".zst"]) else ends[-1:])
             with source.open(name, limits) as shard:
+                shard.name = source.shard_name(name)  # which `part` goes by
                 for group in shard.groups():
                     if isinstance(group, DataError):
                         raise group
+                    if not source.holds(group):
+                        continue
                     for sample in source.samples(group, limits):
                         yield kind, "".join(part.text for part in sample.parts if isinstance(part, Text))
+
+
+def text_sources(runs: Iterable[DataConfig]) -> list[Source]:
+    """What runs are trained on of the kind `text`, each source once. Raises `ConfigError` where there is nothing."""
+    found = [(one, run.root) for run in runs for one in run.sources if isinstance(one, TextConfig)]
+    if not found:
+        raise ConfigError("data.sources: no source of kind text to learn from; give --files instead of the config")
+    return [one.build(root) for number, (one, root) in enumerate(found) if (one, root) not in found[:number]]
 
 
 def train(

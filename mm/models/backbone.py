@@ -31,7 +31,7 @@ from mm.models.objectives import (
 )
 from mm.models.released.chameleon import consolidated
 from mm.models.routing import Routing
-from mm.models.vocabulary import add_rows, pieces_of
+from mm.models.vocabulary import add_rows, check_tokenizer, pieces_of
 
 if TYPE_CHECKING:
     from mm.models.gated import MediaSeen
@@ -49,6 +49,8 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
     implementation = attention.register()
     if config.name is not None:
         name = config.name
+        if weights and config.tokenizer not in (None, name):
+            check_tokenizer(name, Tokenizer.load(config.tokenizer_name, config.added_tokens))
         auto = transformers.AutoModelForCausalLM
         options = {"dtype": "float32", "attn_implementation": implementation}
         try:

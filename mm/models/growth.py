@@ -33,10 +33,11 @@ def grow(tensors: dict[str, Tensor], system: System) -> dict[str, Tensor]:
     """The tensors of a smaller language model, by name, as those of this system's, of the same kind.
 
     The width of the model, of its MLPs and its number of heads may each be a whole multiple of what they were, the
-    heads of queries and of keys by the same one. Heads are as large as they were, which cannot be seen and is not
-    checked, and the vocabulary is the same. Wider, the function stays, to rounding, with tied heads too. Deeper, layer
-    l is the old layer l mod L for whole copies of the L old ones, and what remains on top is the upper ones again; the
-    function does not stay. Shares are drawn with torch's generator. Tensors of other parts than `language` pass by.
+    heads of queries and of keys by the same one. Heads are as large as they were: say so by `head_dim`, since weights
+    show no more than whether they are whole heads of the new size. The vocabulary is the same. Wider, the function
+    stays, to rounding, with tied heads too. Deeper, layer l is the old layer l mod L for whole copies of the L old
+    ones, and what remains on top is the upper ones again; the function does not stay. Shares are drawn with torch's
+    generator. Tensors of other parts than `language` pass by.
 
     Raises `CheckpointError` where kind or shapes do not allow it.
     """
@@ -72,6 +73,8 @@ def _grown(tensors: dict[str, Tensor], system: System, share: Share) -> dict[str
     embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
     tied = head.weight is embedding.weight
     copies: dict[str, int] = {}
+    about = language.config
+    head_size = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
     for path, part in language.named_modules():
         if part is head and tied:
             if f"language.{path}.weight" in tensors:
@@ -86,6 +89,9 @@ def _grown(tensors: dict[str, Tensor], system: System, share: Share) -> dict[str
                 raise CheckpointError(f"growth: the smaller model has no {name}; both must be of one kind")
             try:
                 grown[name] = _wider(part, path.rpartition(".")[2], old, new.shape, share)
+                keys = {"k_proj": len(old), "c_attn": old.shape[-1] // 3}.get(path.rpartition(".")[2], 0)
+                if keys % head_size:
+                    raise ValueError(f"no whole heads of {head_size}, and heads stay as large: give more, or head_dim")
                 if part is head and len(old) != len(new):
                     raise ValueError("the vocabulary must be the same")
             except ValueError as error:

@@ -1,7 +1,8 @@
 """Rows for new tokens: a causal language model's embeddings and head made larger, and what the new rows begin as.
 
-Rows of old tokens stay bit for bit. Rows that fill a table up to a multiple belong to no token: they are the mean of
-all, and like the spare rows of published models they stay in the softmax.
+Rows that were there stay bit for bit, but for spare ones that a new token takes. Rows that fill a table up to a
+multiple belong to no token: they are the mean of all, and like the spare rows of published models they stay in the
+softmax.
 """
 
 import re
@@ -33,9 +34,10 @@ def add_rows(
     init: Init,
     pieces: Sequence[Sequence[int]] = (),
     first: int | None = None,
+    count: int | None = None,
     contexts: Tensor | None = None,
 ) -> None:
-    """Give a model embeddings, and rows of its head, up to `rows`, and let those from `first` on begin anew.
+    """Give a model embeddings, and rows of its head, up to `rows`, and let those of new tokens begin as `init` says.
 
     Args:
         init: `mean` of the old rows; `normal`, drawn with torch's generator from the multivariate normal distribution
@@ -44,18 +46,24 @@ def add_rows(
             which the layer and the length are not published), or as by `subtokens` where there is none.
         pieces: of each new token its ids among the old ones; none: the mean.
         first: the number of old tokens; by default the rows that the model has. There may be spare rows from there on.
+        count: of new tokens; by default all rows from `first` on are theirs. Rows behind them stay what they are, or
+            are the mean where there were none.
         contexts: [new tokens, D]; zeros where there is none.
     """
     have = model.get_input_embeddings().num_embeddings
     first = have if first is None else first
+    count = rows - first if count is None else count
+    new, filling = slice(first, first + count), slice(max(first + count, have), None)
     if rows > have:
         # Of what transformers would fill new rows with, by default a mean since 4.46, nothing remains.
         model.resize_token_embeddings(rows, mean_resizing=False)
     head = model.get_output_embeddings()
     for weight in {id(part.weight): part.weight for part in (model.get_input_embeddings(), head)}.values():
-        weight[first:] = new_rows(weight[:first].float(), len(weight) - first, init, pieces, contexts).to(weight.dtype)
+        known = weight[:first].float()
+        weight[new] = new_rows(known, count, init, pieces, contexts).to(weight.dtype)
+        weight[filling] = known.mean(0).to(weight.dtype)
     if head.bias is not None:
-        head.bias[first:] = head.bias[:first].mean()
+        head.bias[new] = head.bias[filling] = head.bias[:first].mean()
 
 
 def new_rows(
@@ -80,6 +88,22 @@ def new_rows(
         unit = torch.nn.functional.normalize(contexts[there].to(known), dim=1)
         found[: len(contexts)][there] = unit * known.norm(dim=1).mean()
     return found
+
+
+def check_tokenizer(name: str, tokenizer: Tokenizer) -> None:
+    """Raise `ConfigError` where a tokenizer lacks tokens of the one that lies beside a published model. It may have
+    more, and call special ones otherwise. A model without a tokenizer is taken with any."""
+    try:
+        own = Tokenizer.load(name).ids(special=False)
+    except DataError:
+        return
+    given = tokenizer.ids()
+    if other := [token for token, id in own.items() if given.get(token) != id]:
+        raise ConfigError(
+            f"model.language.tokenizer {tokenizer.name}: {len(other):,} of the {len(own):,} tokens of {name} have no "
+            f"such id in it, {other[0]!r} for one, so their rows would be lost or read as others; leave it out "
+            "(model.language.tokenizer=null)"
+        )
 
 
 def pieces_of(old: Tokenizer, new: Tokenizer, ids: Iterable[int]) -> list[list[int]]:
@@ -187,7 +211,7 @@ def extend(
         contexts, counts = contextual(model, old, new, first, (text for _, text in texts_of(corpus)))
     rows = max(len(new) + -len(new) % multiple, model.get_input_embeddings().num_embeddings)
     torch.manual_seed(seed)
-    add_rows(model, rows, init, pieces_of(old, new, range(first, len(new))), first, contexts)
+    add_rows(model, rows, init, pieces_of(old, new, range(first, len(new))), first, tokens, contexts)
     note = _write(model, name, new, out)
     return {"tokens": tokens, "found": sum(map(bool, counts)), "first": first, "rows": rows, "note": note}
 

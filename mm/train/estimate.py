@@ -29,6 +29,7 @@ from mm.train.config import Run, TrainConfig
 from mm.train.engines.config import BUCKET, DeepSpeedConfig, FSDPConfig
 from mm.train.features import Aside, tower_of
 from mm.train.lora import apply_lora
+from mm.train.optim.config import SophiaConfig
 from mm.train.packs import Packs
 from mm.train.params import freeze
 from mm.train.trace import Trace, trace_step
@@ -118,6 +119,13 @@ def _not_counted(config: Run, packs: Packs) -> list[str]:
         left.append("the teacher that gives codes, its FLOPs and memory; with data.codes=true it does not run")
     if config.model.kind in ("clip", "cosmo"):
         left.append("similarities of the pairs of other micro-batches and ranks; a rank has its own pairs times all")
+    if config.train.optimizer.kind == "soap":
+        left.append("refreshes of SOAP's bases, once in train.optimizer.every steps")
+    if config.train.optimizer.kind in ("muon", "soap") and config.train.engine.kind == "fsdp":
+        left.append(
+            "matrices on their way to their owners, 0.75 GiB, or more where one has over 128 MiB; their state is with "
+            "their owners among all ranks, whatever shard_size, and not quite evenly"
+        )
     return left
 
 
@@ -243,7 +251,11 @@ class Model:
             phase: round(sum(trace.flops[phase] for trace in traces) * self.rows / len(packs))
             for phase in traces[0].flops
         }
+        passes = sum(count for phase, count in scaled.items() if phase != "update")
         scaled["update"] = traces[0].flops["update"]  # once, of however many rows
+        if isinstance(train.optimizer, SophiaConfig):
+            estimates = train.optimizer.share / train.optimizer.every
+            scaled["estimates"] = round(estimates * passes * (1 if train.optimizer.estimator == "gnb" else 2))
         return {**scaled, "total": sum(scaled.values())}
 
     def _several(self, train: TrainConfig, ranks: int) -> bool:
@@ -270,10 +282,12 @@ class Model:
         trace, packs = self._worst(train, ranks)
         engine = train.engine
         trained = sum(4 * p.numel() for p in self.adapted(train).parameters() if p.requires_grad)
-        averages = {"averages": float(trained)} if train.ema else {}
+        kept = {"averages": float(trained)} if train.ema else {}
+        if isinstance(train.optimizer, SophiaConfig) and train.optimizer.estimator == "hutchinson":
+            kept["estimates"] = 2.0 * trained  # weights as they were, and the gradients at one side of them
         found = []
         for moment in trace.moments(accumulates=math.ceil(self.rows / ranks) > len(packs)):
-            now: Memory = {**averages, **moment}
+            now: Memory = {**kept, **moment}
             if isinstance(engine, FSDPConfig):
                 found.append(self._fsdp(train, engine, now, ranks))
             elif isinstance(engine, DeepSpeedConfig):

@@ -10,6 +10,9 @@ from mm.models.experts import ExpertGroup
 from mm.train.config import ParamRule
 from mm.train.optim.config import Role
 
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Of `nn.MultiheadAttention` and open_clip's attention, which have the weights of linear layers and not the layers."""
+
 
 def freeze(model: nn.Module, rules: list[ParamRule]) -> None:
     """Set `requires_grad` as the rules say; what none names stays as it is.
@@ -56,9 +59,9 @@ def parameter_groups(model: nn.Module, rules: list[ParamRule], weight_decay: flo
 def roles(model: nn.Module) -> dict[str, Role]:
     """What every parameter is to an optimizer that tells matrices from the rest. The shape alone does not say.
 
-    matrix: weights of linear layers, and stacks of these, such as experts. head: the output weights of a language
-    model, where they are not its embeddings too. vector: fewer than two axes. embedding: all else (tables, patch
-    embeddings, convolutions).
+    matrix: weights of linear layers, those of attention that has them without the layers, and stacks of these, such as
+    experts. head: the output weights of a language model, where they are not its embeddings too. vector: fewer than two
+    axes. embedding: all else (tables, patch embeddings, convolutions).
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -69,6 +72,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             heads |= {id(parameter) for parameter in head.parameters()}
         if isinstance(module, nn.Linear | Conv1D | ExpertGroup):
             matrices |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        matrices |= {id(one) for name, one in module.named_parameters(recurse=False) if name in PROJECTIONS}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
     def role(parameter: nn.Parameter) -> Role:

@@ -46,13 +46,14 @@ class RunFolder:
 
     def open(self, config: Run, resume: bool) -> Path | None:
         """Refuse a folder with another run in it; returns the checkpoint to go on from, if any: the newest, or
-        that of the run that this one branches off from.
+        that of the run that this one branches off from, which is written down: it stays that one.
 
         A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
         """
         checkpoint.clear_leftovers(self.checkpoints)
         newest = checkpoint.newest(self.checkpoints)
-        if newest or read_metrics(self.path / "metrics.jsonl"):
+        begun = newest is not None or bool(read_metrics(self.path / "metrics.jsonl"))
+        if begun:
             if not resume:
                 raise ConfigError(
                     f"{self.path}: holds a run already; go on with --resume, or choose another with out=DIR"
@@ -60,26 +61,42 @@ class RunFolder:
             self._check_same_run(config)
         elif self.path.is_dir() and any(path.name.removeprefix(".") not in FILES for path in self.path.iterdir()):
             raise ConfigError(f"{self.path}: is not empty and not a run; choose another folder with out=DIR")
-        start = self._branching_off(config) if newest is None and config.train.branch is not None else newest
+        start = newest
+        if newest is None and config.train.branch is not None:
+            start = self._branching_off(config, self.branch_point(config) if begun else None)
         self.path.mkdir(parents=True, exist_ok=True)
         return start
+
+    def branch_point(self, config: Run) -> dict[str, Any] | None:
+        """Where a run branched off: `checkpoint`, `step`, `stage`, `stage_step`; as written when it was begun."""
+        path = self.path / "run.json"
+        if config.train.branch is None or not path.exists():
+            return None
+        found: dict[str, Any] | None = json.loads(path.read_text()).get("branch")
+        return found
 
     def holds(self, saved: Path) -> bool:
         """Whether a checkpoint is this run's own."""
         return saved.parent == self.checkpoints
 
-    def _branching_off(self, config: Run) -> Path:
+    def _branching_off(self, config: Run, point: dict[str, Any] | None) -> Path:
+        """The checkpoint to start from: the one that was written down, or else what the config names, written down."""
         train = config.train
         assert train.branch is not None
-        folder = checkpoint.find(train.branch.expanduser())
+        folder = checkpoint.find(Path(point["checkpoint"]) if point else train.branch.expanduser())
         may = (*MAY_CHANGE, *BRANCH, *(OTHER_DATA if train.branch_data == "anew" else ()))
-        if changed := _changed(checkpoint.read_state(folder)["config"], config, may):
+        state = checkpoint.read_state(folder)
+        if changed := _changed(state["config"], config, may):
             other = any(_within(key, one) for key in changed for one in OTHER_DATA)
             raise CheckpointError(
                 f"train.branch: {folder} is of a run with another {', '.join(changed[:4])}; set it as there, "
                 + ("or train.branch_data=anew, " if other else "")
                 + "or begin a run with its weights: train.init_from"
             )
+        if point is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            numbers = {key: state["progress"][key] for key in ("step", "stage", "stage_step")}
+            self.write_json("run.json", {"branch": {"checkpoint": str(folder.resolve()), **numbers}})
         return folder
 
     def _check_same_run(self, config: Run) -> None:

@@ -137,6 +137,7 @@ class DecayConfig(ScheduleConfig):
         warmup = _steps(self.warmup, length)
         found = []
         for first in (number * length for number in range(self.cycles)):
+            # Of a single cycle the warm-up may be all; its decay is then behind the last step.
             decay = Phase("decay", first + warmup, max(1.0, length - warmup), 1.0, self.final, self._form)
             found += [*self.rise(first, warmup), decay]
         return found
@@ -145,8 +146,11 @@ class DecayConfig(ScheduleConfig):
         return linear(end, begin, self.shape(progress))
 
     def problems(self, steps: int) -> list[tuple[str, str]]:
-        if self.cycles > 1 and self.warmup > steps / self.cycles:
-            return [("warmup", f"{self.warmup:g} steps are more than a cycle's {steps / self.cycles:g}")]
+        length = steps / self.cycles
+        warmup = _steps(self.warmup, length)
+        if self.cycles > 1 and length - warmup < 1:
+            text = f"{self.cycles} of {length:g} steps have no step of decay behind a warm-up of {warmup:g}"
+            return [("cycles", f"{text}; set fewer, a shorter warm-up, or a larger train.max_steps")]
         return super().problems(steps)
 
 
@@ -209,7 +213,7 @@ class AnnealConfig(Section):
     at: Count = Field(ge=0)
     """The first step of the annealing; the steps of stages that share the schedule are counted together."""
     steps: Count = Field(ge=1)
-    """How long it takes. The rate then stays at `final`."""
+    """How long it takes. The rate then stays: at `final`, where `exponent` is `exact`."""
     exponent: Literal["exact", "from_start", "exponential"] = "exact"
     """How the exponent of the published formula is read. `exact`: constant * (final / constant)^((n - at) / steps),
     which is `final` at its end. `from_start`: the same with (n - at) / (steps + at), which would be `final` only

@@ -28,7 +28,7 @@ from mm.train import checkpoint
 from mm.train.config import Run, StageSettings, TrainConfig
 from mm.train.distributed import World
 from mm.train.lora import apply_lora, merge_lora
-from mm.train.schedules import AnnealConfig, spans
+from mm.train.schedules import DecayConfig, spans
 
 
 @dataclass(slots=True)
@@ -49,6 +49,8 @@ class Stage:
     steps: int
     """No more than the packs of a finite mixture are for."""
     packs_per_epoch: float
+    other_data: int = 0
+    """Steps of it that another run took on other data, where it branched off to data of its own."""
     keep_optimizer: bool = False
     schedule_first: int = 0
     """The step of its schedule that it begins with: not 0 where it counts on."""
@@ -60,13 +62,27 @@ class Stage:
         """Packs in a step."""
         return self.loader.rows
 
+    @property
+    def behind(self) -> int:
+        """Packs of the sequence that it and the stages before take."""
+        return self.first + (self.steps - self.other_data) * self.rows
 
-def open_stages(config: Run, world: World, pin_memory: bool, progress: Callable[[str, int], None]) -> list[Stage]:
-    """Check, pack and open the data of all stages."""
+
+def open_stages(
+    config: Run,
+    world: World,
+    pin_memory: bool,
+    progress: Callable[[str, int], None],
+    anew: tuple[int, int] = (0, 0),
+) -> list[Stage]:
+    """Check, pack and open the data of all stages.
+
+    anew: the stage, and how many steps of it, that a branch has behind it when its data begin.
+    """
     found: list[Stage] = []
     settings: list[StageSettings | None] = [*config.stages] or [None]
     for run, stage in zip(config.stage_runs(), settings, strict=True):
-        found.append(_open(run, stage, found, world, pin_memory, progress))
+        found.append(_open(run, stage, found, world, pin_memory, progress, anew))
     counts_on = [stage is not None and stage.counts_on for stage in settings]
     over = spans(counts_on, [stage.steps for stage in found])
     for one, (first, steps) in zip(found, over, strict=True):
@@ -83,6 +99,7 @@ def _open(
     world: World,
     pin_memory: bool,
     progress: Callable[[str, int], None],
+    anew: tuple[int, int],
 ) -> Stage:
     if not getattr(config.model, "trains", True):
         raise ConfigError(f"model.kind {config.model.kind} packs and loads data; it has nothing to train")
@@ -122,10 +139,12 @@ def _open(
     first = 0
     if carry_on:
         _check_carries_on(name, before, config, splits["train"])
-        first = before[-1].first + before[-1].steps * before[-1].rows
-    steps = count_steps(train, loader.mixture.total(), loader.rows, packs, first)
+        first = before[-1].behind
+    over, other = len(before) < anew[0], anew[1] if len(before) == anew[0] else 0
+    steps = count_steps(train, None if over else loader.mixture.total(), loader.rows, packs, first, other)
     kept = settings is not None and settings.keep_optimizer
-    return Stage(len(before), name, config, convert, carry_on, layout, splits, loader, first, steps, packs, kept)
+    other = steps if over else other
+    return Stage(len(before), name, config, convert, carry_on, layout, splits, loader, first, steps, packs, other, kept)
 
 
 def _together(config: Run) -> int:
@@ -168,38 +187,56 @@ def _check_carries_on(name: str, before: list[Stage], config: Run, train: Packed
         )
 
 
-def count_steps(train: TrainConfig, total: int | None, rows: int, packs_per_epoch: float, first: int = 0) -> int:
+def count_steps(
+    train: TrainConfig, total: int | None, rows: int, packs_per_epoch: float, first: int = 0, other_data: int = 0
+) -> int:
     """As set, or so many epochs, and no more than there are packs for (`total`, of a finite mixture) from `first` on.
+    Of these steps `other_data` take no packs; epochs begin behind them.
 
     Raises `ConfigError`.
     """
-    steps = train.max_steps or math.ceil((train.epochs or 1) * packs_per_epoch / rows)
-    if total is None or steps <= (most := math.ceil(max(0, total - first) / rows)):
+    steps = train.max_steps or other_data + math.ceil((train.epochs or 1) * packs_per_epoch / rows)
+    if total is None or steps <= (most := other_data + math.ceil(max(0, total - first) / rows)):
         return steps
-    if train.max_steps or not most:
+    if train.max_steps or most == other_data:
         wanted = f"max_steps {steps}" if train.max_steps else f"epochs {train.epochs or 1:g}"
         before = f", {first:,} of them in stages before" if first else ""
         raise ConfigError(
-            f"train.{wanted} takes {steps * rows:,} packs, data.mixture ends after {total:,}{before}: "
+            f"train.{wanted} takes {(steps - other_data) * rows:,} packs, data.mixture ends after {total:,}{before}: "
             f"set at most {most} steps, or raise mixture.max_epochs"
         )
     return most
 
 
-def check_anneal(stage: Stage, state: dict[str, Any]) -> None:
-    """Raise `ConfigError` where steps that are behind a checkpoint with this state would have had other rates: the
-    annealing is set otherwise now."""
+def settings_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The `train` section of the stage that a checkpoint with this state is of."""
     saved = state["config"]
-    own = saved["stages"][stage.number]["train"] if saved["stages"] else {}
-    before = merge(saved["train"], own)["schedule"].get("anneal")
-    was = AnnealConfig.model_validate(before) if before else None
-    now: AnnealConfig | None = getattr(stage.config.train.schedule, "anneal", None)
-    reached = stage.schedule_first + state["progress"]["stage_step"]
-    first = min([one.at for one in (was, now) if one is not None], default=reached)
-    if was != now and first < reached:
+    own = saved["stages"][state["progress"]["stage"]]["train"] if saved["stages"] else {}
+    return merge(saved["train"], own)
+
+
+def check_rates(stages: list[Stage], state: dict[str, Any]) -> None:
+    """Raise `ConfigError` where the rate would jump behind a checkpoint with this state: a stage that is over has
+    another length now, or the last step would have had another rate. A decay over all steps may be stretched."""
+    progress = state["progress"]
+    stage, rest = stages[progress["stage"]], stages[progress["stage"] + 1 :]
+    now = (stage.schedule_first, stage.schedule_steps)
+    was = tuple(state.get("schedule", now))
+    cut = bool(rest) and rest[0].schedule_first > 0 and progress["stage_step"] > stage.steps
+    if was[0] != now[0] or cut:
         raise ConfigError(
-            f"train.schedule.anneal: would change the rates from step {first} on, and {reached} have been taken; begin "
-            f"at {reached} or later, or set train.branch to an older checkpoint, in a run of its own"
+            f"train.max_steps (or epochs) of a stage up to {stage.name}: is another than when it ended, and the "
+            "schedule goes on from there; set it as it was, or train.branch to an older checkpoint, in a run of its own"
+        )
+    schedule = stage.config.train.schedule
+    before = type(schedule).model_validate(settings_of(state)["schedule"])
+    taken = now[0] + progress["stage_step"]
+    rates = before.factor(taken - 1, was[1]), schedule.factor(taken - 1, now[1])
+    if rates[0] != rates[1] and not isinstance(schedule, DecayConfig):
+        raise ConfigError(
+            f"train.schedule: would change the rate of step {taken - 1}, and {taken} have been taken; let it fall at "
+            f"{taken} or later (train.max_steps, train.schedule.anneal), or set train.branch to an older checkpoint, "
+            "in a run of its own"
         )
 
 
@@ -261,6 +298,24 @@ def having_moments(system: nn.Module, saved: dict[str, tuple[int, ...]]) -> tupl
             else:
                 new.append(name)
     return kept, new
+
+
+def unlike(moments: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> set[str]:
+    """The parameters whose moments have other names or shapes than those saved of them: another algorithm's.
+
+    Both by `optimizer.NAME.MOMENT`; of parameters that have none here nothing is said.
+    """
+    mine, theirs = set(moments.items()), set(saved.items())
+    known = {parameter_of(name) for name in moments}
+    return {name for one, _ in mine ^ theirs if one.startswith("optimizer.") and (name := parameter_of(one)) in known}
+
+
+def forget(optimizer: torch.optim.Optimizer, names: set[str]) -> None:
+    """Let these parameters start anew: their state is made again at their next gradient."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if name in names:
+                optimizer.state.get(parameter, {}).clear()
 
 
 def parameter_of(moment: str) -> str:

@@ -42,7 +42,8 @@ class ExtraPass(Protocol):
         ...
 
     def shares(self) -> dict[str, Tensor]:
-        """To be logged, by name: numbers [2] of this rank's part of the weights, how many and of how many."""
+        """To be logged, by name: numbers [2] of this rank's part of the weights, how many and of how many. Asked only
+        after `extra`, in a step that is logged."""
         ...
 
 
@@ -61,7 +62,7 @@ class Passes:
 
     def first(self, share: float) -> "Passes":
         """Of the first micro-batches alone; at least one."""
-        return replace(self, batches=self.batches[: math.ceil(share * len(self.batches))])
+        return replace(self, batches=self.batches[: max(1, math.ceil(round(share * len(self.batches), 9)))])
 
     def loss(self) -> None:
         """Of the loss, as for an update, with the weights as they are now."""
@@ -185,6 +186,8 @@ class Stepper:
             raise ConfigError("train.optimizer: one that takes extra passes needs train.engine.kind single or fsdp")
         if self.extra is not None:
             self.extra.check(engine)
+        self._asked: ExtraPass | None = None
+        """The optimizer, where it had extra passes in the last step."""
 
     def __call__(self, batches: list[PackedBatch], totals: Counted, step: int, lr: float) -> Done:
         """Step number `step`, from 0 on. The update is left out when the guard says so."""
@@ -197,9 +200,11 @@ class Stepper:
         done = self._read(found, totals)
         done.verdict = self.guard.judge(done.loss, done.norms.get("total"))
         self.engine.set_lr(lr)
+        self._asked = None
         if done.verdict.accept:
             self.engine.update()
             if self.extra is not None and self.extra.due(step):
+                self._asked = self.extra
                 self.extra.extra(Passes(self, batches, step))
                 self.engine.discard()
         else:
@@ -268,10 +273,13 @@ class Stepper:
         )
 
     def shares(self) -> dict[str, float]:
-        """What the optimizer has to say of its state, for a step that is logged: every rank has to ask."""
-        if self.extra is None:
+        """What the optimizer has to say of its state, for a step that is logged: every rank has to ask.
+
+        Nothing, and at no cost, but for a step that had extra passes: so a resumed run logs the same.
+        """
+        if self._asked is None:
             return {}
-        numbers = {name: number.to(self.device) for name, number in self.extra.shares().items()}
+        numbers = {name: number.to(self.device) for name, number in self._asked.shares().items()}
         sums = {name: self.engine.sum_shards(number).tolist() for name, number in numbers.items()}
         return {name: some / whole for name, (some, whole) in sums.items() if whole}
 

@@ -45,13 +45,16 @@ from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
 from mm.train.stages import (
     Stage,
-    check_anneal,
+    check_rates,
+    forget,
     having_moments,
     initial_tensors,
     open_stages,
     parameter_of,
+    settings_of,
     take_over,
     trained_system,
+    unlike,
 )
 from mm.train.step import Counted, Done, Stepper, count, counted
 
@@ -175,14 +178,17 @@ class Trainer:
     def _prepare(self, resume: bool, pin_memory: bool) -> tuple[Path | None, list[Stage]]:
         """Everything that is checked and packed before processes meet; rank 0 comes here first."""
         newest = self.folder.open(self.config, resume) if self.world.main else None
-        return newest, open_stages(self.config, self.world, pin_memory, self.watcher.packing)
+        self.branched = self.folder.branch_point(self.config)
+        anew = self.branched if self.config.train.branch_data == "anew" else None
+        taken = (anew["stage"], anew["stage_step"]) if anew else (0, 0)
+        return newest, open_stages(self.config, self.world, pin_memory, self.watcher.packing, taken)
 
     def _run(self, newest: Path | None) -> dict[str, Any]:
         first = 0
         if newest is not None:
             state = checkpoint.read_state(newest)
             reached = Progress(**state["progress"])
-            check_anneal(self.stages[reached.stage], state)
+            check_rates(self.stages, state)
             finished = self._finished(reached)
             first = reached.stage + (finished and reached.stage + 1 < len(self.stages))
             if not self.folder.holds(newest):
@@ -270,16 +276,19 @@ class Trainer:
             self.watcher.event(
                 f"train.batch_tokens {train.batch_tokens:,} rounded down to {stage.rows} rows, {used:,} tokens"
             )
-        if train.epochs and stage.steps * stage.rows < train.epochs * stage.packs_per_epoch:
-            self.watcher.event(f"train.epochs {train.epochs:g} cut to {stage.steps} steps, where data.mixture ends")
+        steps = stage.steps - stage.other_data
+        if train.epochs and steps * stage.rows < train.epochs * stage.packs_per_epoch:
+            self.watcher.event(f"train.epochs {train.epochs:g} cut to {steps} steps, where data.mixture ends")
 
     def _initialise(self, system: System, stage: Stage, newest: Path | None) -> None:
         """Weights of the stage before, or of `train.init_from`."""
         if newest is not None:
             before = trained_system(self.stages[stage.number - 1].config, newest, ema=False)
             tensors, where = checkpoint.model_tensors(before), str(newest)
-            reached = Progress(**checkpoint.read_state(newest)["progress"])
-            self.progress = replace(reached, stage=stage.number, stage_step=0, ended=False, best=None, stale=0)
+            was = self._own(Progress(**checkpoint.read_state(newest)["progress"]), newest)
+            self.progress = replace(
+                was, stage=stage.number, stage_step=0, ended=False, offending=[], best=None, stale=0
+            )
         elif stage.config.train.init_from is not None:
             tensors, where = initial_tensors(stage.config.train.init_from)
         else:
@@ -289,7 +298,9 @@ class Trainer:
 
     def _go_on(self, stage: Stage, newest: Path) -> None:
         """What a stage takes over from the one before besides weights."""
-        if stage.carry_on:
+        if stage.carry_on and self._data_anew(newest):
+            self.watcher.event("the data begin anew")
+        elif stage.carry_on:
             loader = checkpoint.read_state(newest)["loader"]
             # Steps to be passed over were counted in rows of the stage before.
             stage.loader.load_state_dict({**loader, "passed_over": []})
@@ -299,7 +310,13 @@ class Trainer:
 
     def _take_moments(self, stage: Stage, folder: Path, ema: EMA | None = None) -> None:
         """Of another stage or run, with averages of its weights. Parameters that are new or of another shape start
-        anew."""
+        anew, and so do those that the optimizer keeps something else of now."""
+        state, kind = checkpoint.read_state(folder), stage.config.train.optimizer.kind
+        if (was := settings_of(state)["optimizer"]["kind"]) != kind:
+            raise ConfigError(
+                f"train.init_optimizer: {kind} cannot go on with the moments of {was} in {folder}; set "
+                f"train.optimizer.kind={was}, or train.init_optimizer=false"
+            )
         saved = checkpoint.described(folder)
         kept, new = having_moments(self.system, saved)
         deepspeed = self.engine.kind == "deepspeed"
@@ -313,10 +330,14 @@ class Trainer:
         moments = {name for name in saved if name.startswith("optimizer.") and parameter_of(name) in kept}
         tensors = self.engine.tensors_to_load(moments)
         if not deepspeed:
-            tensors = {name: tensor for name, tensor in tensors.items() if name in moments}
+            made = {name: tuple(one.shape) for name, one in tensors.items() if name.startswith("optimizer.")}
+            others = set().union(*self.world.gather(unlike(made, saved)))
+            forget(self.engine.optimizer, others)
+            kept, new = kept - others, [*new, *sorted(others)]
+            tensors = {name: one for name, one in tensors.items() if name in moments and parameter_of(name) in kept}
         if ema is not None:
             tensors |= {name: one for name, one in ema.tensors().items() if saved.get(name) == tuple(one.shape)}
-        state = checkpoint.load(folder, tensors, all_of_a_kind=False)
+        checkpoint.load(folder, tensors, all_of_a_kind=False)
         self.engine.loaded(tensors)
         if ema is not None and state["ema"]:
             ema.load_state_dict(state["ema"])
@@ -329,14 +350,26 @@ class Trainer:
         tensors |= self.aside.tensors() if self.aside else {}
         state = checkpoint.load(folder, tensors)
         self.engine.loaded(tensors)
-        self.progress = Progress(**state["progress"])
-        if self.folder.holds(folder) or stage.config.train.branch_data == "carry_on":
+        self.progress = self._own(Progress(**state["progress"]), folder)
+        if self._data_anew(folder):
+            self.watcher.event("the data begin anew")
+        else:
             stage.loader.load_state_dict(state["loader"])
             self.guard.load_state_dict(state["guard"])
-        else:
-            self.watcher.event("the data begin anew")
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+
+    def _data_anew(self, folder: Path) -> bool:
+        """Whether a checkpoint is that of another run, on other data."""
+        return self.config.train.branch_data == "anew" and not self.folder.holds(folder)
+
+    def _own(self, progress: Progress, folder: Path) -> Progress:
+        """Without what was only of the run that this one branches off from: its best, and of its data what was bad."""
+        if not self.folder.holds(folder):
+            progress.best, progress.stale = None, 0
+        if self._data_anew(folder):
+            progress.bad, progress.offending = [], []
+        return progress
 
     def _train(self, stage: Stage) -> None:
         train = stage.config.train
@@ -542,7 +575,7 @@ class Trainer:
             **{f"grad_norm/{part}": norm for part, norm in done.norms.items() if part != "total"},
             **done.metrics,
             **({} if done.verdict.accept else {"skipped": True}),
-            "epoch": round(progress.stage_step * stage.rows / stage.packs_per_epoch, 4),
+            "epoch": round((progress.stage_step - stage.other_data) * stage.rows / stage.packs_per_epoch, 4),
             "tokens": progress.tokens,
             "loss_tokens": progress.loss_tokens,
             **{f"tokens/{kind}": number for kind, number in progress.modalities.items() if number},
@@ -592,6 +625,7 @@ class Trainer:
         self.world.at(self.progress.step, "saving")
         state = {
             "progress": asdict(self.progress),
+            "schedule": [stage.schedule_first, stage.schedule_steps],
             "loader": stage.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -693,6 +727,7 @@ class Trainer:
             "steps": self.progress.step - self.progress.stage_step + self.stage.steps,
             "rows": self.stage.rows,
             "date": time.strftime("%Y-%m-%d"),
+            **({"branch": self.branched} if self.branched else {}),
         }
 
     def _resume_hint(self) -> str:

@@ -195,8 +195,29 @@ def test_values_that_are_not_known_are_unknown(
     assert names[0] != names[1], "the file is part of what decides a set"
     with pytest.raises(DataError, match=r"nowhere\.txt: not a file of values"):
         packed_pages({"metadata": {"known": str(tmp_path / "nowhere.txt")}})
-    with pytest.raises(ValidationError, match="no `known` beside it"):
-        MetadataConfig(fixed="a", known="b")
+
+
+def test_a_fixed_value_stands_alone() -> None:
+    for others in ({"known": "b"}, {"field": "b"}, {"take": "value"}):
+        with pytest.raises(ValidationError, match=f"and leave out {next(iter(others))}"):
+            MetadataConfig.model_validate({"fixed": "a", **others})
+    with pytest.raises(ValidationError, match="give it some text"):
+        MetadataConfig(fixed="")
+    config = MetadataConfig(fixed="a")
+    assert MetadataConfig.model_validate(config.model_dump()) == config, "as a run's config is written and read"
+
+
+def test_a_prompt_is_asked_with_what_documents_have(tmp_path: Path) -> None:
+    """The value goes the way of a document's field, and what the way leaves nothing of is refused."""
+    (tmp_path / "hosts.txt").write_text("arxiv.org\n")
+    address = "https://arxiv.org/abs/1?x=1"
+    for values in ({"take": "hash"}, {"known": str(tmp_path / "hosts.txt")}, {"take": "value", "field": "topic"}):
+        config = MetadataConfig.model_validate(values)
+        assert config.asked(address) == MetadataReader(config, "").of({config.field: address})
+    assert MetadataConfig(take="hash").asked("arxiv.org") == MetadataConfig(take="hash").asked(address)
+    assert MetadataConfig(known=str(tmp_path / "hosts.txt")).asked("b.org").text == "URL: unknown\n\n"
+    with pytest.raises(ConfigError, match="take: host, which leaves nothing of it"):
+        MetadataConfig().asked("https://")
 
 
 def test_a_share_of_documents_is_drawn_at_each_visit(packed_pages: Callable[..., Any], layout: Layout) -> None:

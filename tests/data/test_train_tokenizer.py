@@ -6,14 +6,18 @@ import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
 from mm.cli import main
+from mm.config import load_config
 from mm.data import builtin
 from mm.data.builtin.train_tokenizer import train_texts
+from mm.data.packed import PackedDataset
+from mm.data.prepare import pack_split
 from mm.data.tokenizer import Tokenizer
 from mm.data.train_tokenizer import (
     LEAST,
@@ -22,12 +26,14 @@ from mm.data.train_tokenizer import (
     compression,
     merged,
     merges_of,
+    text_sources,
+    texts_in,
     texts_of,
     train,
     with_merges,
     with_words,
 )  # fmt: skip
-from mm.errors import DataError
+from mm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
@@ -166,6 +172,46 @@ def test_what_cannot_learn_is_said() -> None:
         changed = {**state, "model": {**state["model"], **change}, "pre_tokenizer": None}
         with pytest.raises(DataError, match=words):
             with_merges(json.dumps(changed), TEXTS, 3)
+
+
+def test_what_a_run_is_trained_on_is_what_its_tokenizer_sees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`part` and `only` as packing has them, every source of every stage once; never what is held out."""
+    rows = [{"text": f"text {n} " * 9, "language": "en" if n % 3 else "de"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "more.md").write_text("more")
+
+    def source(path: str, **more: Any) -> dict[str, Any]:
+        return {"kind": "text", "name": "a", "path": f"{{root}}/{path}", **more}
+
+    train, later = source("rows.jsonl", only={"language": "en"}, part=[0, 0.5]), source("more.md", name="b")
+    values = {
+        "out": str(tmp_path / "run"),
+        "data": {
+            "root": str(tmp_path), "cache": str(tmp_path / "cache"), "sources": [train], "context_length": 128,
+            "workers": 0, "validation": [source("rows.jsonl", only={"language": "en"}, part=[0.5, 1])],
+        },
+        "model": {"kind": "layout", "tokenizer": "builtin:emoji"},
+        "train": {"max_steps": 1},
+        "stages": [{"name": "first"}, {"name": "second", "data": {"sources": [train, later]}}],
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))
+    config = load_config(path)
+    seen = [text for _, text in texts_in(text_sources(run.data for run in config.stage_runs()))]
+    packed = PackedDataset(pack_split(config.data, "train", config.model.layout(), 0))
+    ids = {int(one.id.split("/")[2]) for number in range(len(packed)) for one in packed.read(number).segments}
+    assert seen == [rows[n]["text"] for n in sorted(ids)] + ["more"] and 10 < len(ids) < 30
+    command = ["tokenizer", "train", str(path), "--vocab-size", "300", "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["compression"]
+    assert found[".jsonl"]["characters"] == sum(map(len, seen[:-1])) and found[".md"]["characters"] == 4
+    for wrong, words in (([], "give either"), ([str(path), "--files", str(path)], "give either")):
+        assert main(["tokenizer", "train", *wrong, "--vocab-size", "300", "--out", str(tmp_path / "no")]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no source of kind text"):
+        text_sources([])
 
 
 def test_from_the_command_line_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Distillation: distances and gradients from their definition, an ensemble's geometric mean, chunks, and whole runs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import Ranks
 from torch import nn
 
 from mm.config import load_config
@@ -132,9 +134,80 @@ def test_an_ensemble_of_runs_is_better_and_equals_its_definition(members: list[P
     assert points_of([tmp_path / "k.csv"], "K", "loss")[1][1:] == (2.0, pytest.approx(two["loss"]))
 
 
-def test_ensembles_refuse_what_is_none(members: list[Path]) -> None:
+def test_ensembles_refuse_what_is_none(members: list[Path], cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         ensemble(members[:1])
+
+    def run(name: str, model: dict[str, Any], test: bool = True) -> Path:
+        values = {**text(cache), "model": model, "out": str(tmp_path / name)}
+        values["train"]["max_steps"], values["train"]["save_every"] = 1, 1
+        if not test:
+            del values["data"]["test"]
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+        Trainer(load_config(tmp_path / f"{name}.yaml"), Unwatched()).run()
+        return tmp_path / name
+
+    model = text(cache)["model"]
+    other = {**model, "language": {**model["language"], "added_tokens": ["<more>"]}}
+    with pytest.raises(ConfigError, match=r"other: reads its data otherwise than .*run-0 \(tokenizer"):
+        ensemble([members[0], run("other", other)], device="cpu")
+    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    template = {"bos": "<s>", "eos": "<|im_end|>", "pad": "<|endoftext|>"}
+    masked = {"kind": "masked_lm", "language": {"tokenizer": "builtin:emoji", "config": bert}, "template": template}
+    with pytest.raises(ConfigError, match="masked: writes no text"):
+        ensemble([members[0], run("masked", masked)], device="cpu")
+    with pytest.raises(ConfigError, match=r"untested: its data have no test split; they have train, validation"):
+        ensemble([run("untested", model, test=False), members[0]], device="cpu")
+
+
+def test_teachers_with_other_tokens_or_too_few_positions_are_refused(
+    members: list[Path], cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(members[0].parent / "exported-0", folder)
+
+    def refused(words: str, **changes: Any) -> None:
+        values = text(cache, out=str(tmp_path / "student"))
+        values["model"]["distill"] = {"teachers": [str(folder)]}
+        values["data"] |= changes
+        (tmp_path / "student.yaml").write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match=words):
+            estimate(load_config(tmp_path / "student.yaml"))
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    refused("teacher: has 64 positions, rows have 128 tokens")
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    a, b = list(tokens["model"]["vocab"])[300:302]
+    tokens["model"]["vocab"] |= {a: tokens["model"]["vocab"][b], b: tokens["model"]["vocab"][a]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    refused("2 of its 4,0.. tokens have no such id in builtin:emoji")
+    (folder / "tokenizer.json").unlink()
+    refused("teacher: nothing says what its tokens are")
+
+
+def trained(path: Path, overrides: tuple[str, ...]) -> None:
+    Trainer(load_config(path, overrides), Unwatched()).run()
+
+
+def test_a_student_on_two_ranks_is_that_of_one_process(
+    members: list[Path], cache: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    values = distilled(members[:1])(text(cache))
+    del values["data"]["validation"], values["data"]["test"]
+    values["train"] |= {"max_steps": 2, "optimizer": {"kind": "adamw", "lr": 1e-2, "eps": 1e-6}, "micro_batch": 2}
+    (tmp_path / "student.yaml").write_text(json.dumps(values))
+    trained(tmp_path / "student.yaml", (f"out={tmp_path / 'one'}",))
+    overrides = ("train.engine={kind: fsdp}", f"out={tmp_path / 'two'}")
+    ranks.run(trained, 2, tmp_path / "student.yaml", overrides)
+    losses = [
+        [(row["loss/distill"], row["loss/next_token"]) for row in map(json.loads, lines)]
+        for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    ]
+    assert losses[1] == [pytest.approx(pair, rel=1e-5) for pair in losses[0]] and len(losses[0]) == 2
+    one, two = (load(tmp_path / name, "cpu")[0].state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_learns_from_its_teachers(members: list[Path], cache: Path, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_both_at_once_is_the_stack_made_wider() -> None:
     ("change", "words"),
     [
         ({"hidden_size": 24}, "24 is no multiple of 16"),
+        ({"hidden_size": 64, "head_dim": 16}, "no whole heads of 16, and heads stay as large"),
         ({"vocab_size": 100}, "the vocabulary, and the positions, must be the same"),
         ({"num_attention_heads": 8}, "2 times the heads of queries and 1 times those of keys"),
         ({"num_hidden_layers": 1}, "from 2 layers to 1"),
@@ -153,5 +154,7 @@ def test_what_cannot_be_grown_is_said(change: dict[str, Any], words: str) -> Non
 def test_heads_and_kinds_must_be_the_same() -> None:
     with pytest.raises(CheckpointError, match="heads must stay as large"):
         grow(parameters(Alone("qwen3", LLAMA)), Alone("qwen3", {**LLAMA, "head_dim": 8}))
+    with pytest.raises(CheckpointError, match="no whole heads of 32"):
+        grow(parameters(Alone("gpt2", GPT2)), Alone("gpt2", {**GPT2, "n_embd": 32, "n_head": 1}))
     with pytest.raises(CheckpointError, match="this one's is phi3"):
         grow({}, Alone("phi3", {**LLAMA, "pad_token_id": 0}))

@@ -19,7 +19,7 @@ from mm.data.batch import IGNORE, PackedBatch, collate
 from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.packed import Pack, join_segments
-from mm.data.sample import Text, keyed_rng
+from mm.data.sample import Metadata, Text, keyed_rng
 from mm.data.tokenizer import Tokenizer
 from mm.data.tokens import Segment, make_segment
 from mm.errors import ConfigError
@@ -215,6 +215,19 @@ def test_what_is_not_learned_is_not_masked(pieces: dict[str, str]) -> None:
     segment = make_segment((Text("Two words. ", loss=False), Text("A cat")), layout, "text", Limits())
     masked = system.masked(rows(layout, [segment]))
     assert masked.targets.tolist() == layout.tokenizer.encode("A cat")
+
+
+def test_what_a_document_without_begin_of_text_opens_with_is_not_masked(pieces: dict[str, str]) -> None:
+    """Metadata or a prompt, of one token or more: no label says of the first whether it is learned."""
+    system, layout = build(section(pieces, masking={"rate": 1}, template={"bos": None}))
+    encode = layout.tokenizer.encode
+    for front in ("12", "Two words. "):
+        for before in (Text(front, loss=False), Metadata(front)):
+            segment = make_segment((before, Text("A cat")), layout, "text", Limits())
+            masked = system.masked(rows(layout, [segment, segment], [segment]))
+            assert masked.targets.tolist() == encode("A cat") * 3
+    masked = system.masked(rows(layout, documents(layout)[:2]))
+    assert masked.targets.tolist() == encode(TEXTS[0])[1:] + encode(TEXTS[1])[1:]
 
 
 @pytest.mark.parametrize("unit", ["token", "word", "span"])

@@ -16,6 +16,8 @@ from mm.errors import ConfigError, DataError
 from mm.models import attention, backbone
 from mm.models.config import LanguageConfig
 from mm.models.released.transformers import write
+from mm.models.systems.masked_lm import encoder
+from mm.models.systems.masked_lm.config import EncoderConfig
 from mm.models.systems.text_lm.config import TextLMConfig
 from mm.models.vocabulary import Init, add_rows, contextual, extend, pieces_of
 
@@ -65,6 +67,32 @@ def test_added_rows_and_nothing_else_changes(init: Init, tied: bool) -> None:
             torch.testing.assert_close(
                 new.T.cov(correction=0), before.T.cov(correction=0), rtol=0, atol=0.1 * spread**2
             )
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_spare_rows_stay_and_only_rows_that_fill_up_are_the_mean(init: Init) -> None:
+    """40 tokens and 10 spare rows; three tokens are new, and with a multiple of 64 there are 14 rows more."""
+    model = make("gpt_neox", tie_word_embeddings=False)
+    weights = tables(model)
+    add_rows(model, 64, init, [[1], [2], [3]], first=40, count=3, contexts=torch.ones(3, 32))
+    for before, after in zip(weights, tables(model), strict=True):
+        assert torch.equal(after[:40], before[:40]) and torch.equal(after[43:50], before[43:])
+        torch.testing.assert_close(after[50:], before[:40].mean(0).expand(14, 32))
+        assert not torch.isclose(after[40:43], before[40:43]).all(1).any()
+
+
+def test_a_tokenizer_that_lacks_tokens_of_the_model_is_refused(tmp_path: Path) -> None:
+    """An older one would never give the new tokens, another one would read old rows as others; more tokens may be."""
+    folder = published(tmp_path, tied=True)
+    (tmp_path / "words.txt").write_text("glomerulus\nnephron\n")
+    extend(str(folder), tmp_path / "more", "mean", tmp_path / "words.txt")
+    config = {"name": str(tmp_path / "more"), "tokenizer": str(folder)}
+    with pytest.raises(ConfigError, match=r"2 of the \d,\d+ tokens of .*/more have no such id in it.*tokenizer=null"):
+        TextLMConfig.model_validate({"language": config}).build()
+    with pytest.raises(ConfigError, match="'glomerulus' for one"):
+        encoder.load(EncoderConfig.model_validate(config), 4096, 0)
+    config = {"name": str(folder), "tokenizer": str(tmp_path / "more"), "new_rows": "mean"}
+    TextLMConfig.model_validate({"language": config}).build()
 
 
 def test_what_transformers_draws_is_the_mean() -> None:
@@ -141,8 +169,7 @@ def test_extended_models_are_the_old_ones_with_more_rows(tied: bool, tmp_path: P
         assert pieces == [old.encode(word) for word in ("glomerulus", "nephron", "absent")]
         for had, has in zip(known, tables(model), strict=True):
             assert torch.equal(has[: len(old)], had) and has.shape == (rows, 32)
-            if init != "normal":
-                torch.testing.assert_close(has[len(new) :], had.mean(0).expand(rows - len(new), 32))
+            torch.testing.assert_close(has[len(new) :], had.mean(0).expand(rows - len(new), 32))
             by_pieces = torch.stack([had[ids].mean(0) for ids in pieces])
             ours = has[len(old) : len(new)]
             if init == "subtokens":

@@ -39,7 +39,7 @@ from mm.models.systems.mert.model import Mert
 from mm.models.teachers.config import FORMAT, FORMAT_VERSION
 from mm.train.blocks import checkpoint_activations, find_blocks
 from mm.train.config import TrainConfig
-from mm.train.estimate import Model, estimate, on_gpu, show, usable
+from mm.train.estimate import Model, _not_counted, estimate, on_gpu, show, usable
 from mm.train.flops import register
 from mm.train.packs import Packs, fullest_packs
 from mm.train.params import freeze, parameter_groups
@@ -390,6 +390,28 @@ def test_sharding_divides_what_is_kept(tiny_config: Callable[..., RunConfig]) ->
     assert zero[0]["optimizer"] == whole["optimizer"] and zero[0]["weights"] == whole["weights"]
     totals = [one["optimizer"] + one["gradients"] + one["weights"] for one in zero]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_what_optimizers_do_beside_a_step_is_counted_or_said(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config()
+    model = traced(config)
+
+    def of(**optimizer: Any) -> tuple[dict[str, int], dict[str, float]]:
+        train = TrainConfig.model_validate({**config.train.model_dump(), "optimizer": optimizer})
+        return model.flops(train, 1), model.memory(train, 1)
+
+    plain, memory = of(kind="sophia", every=4, share=0.5)
+    passes = plain["forward"] + plain["backward"]
+    assert plain["estimates"] == pytest.approx(passes / 8, abs=1) and plain["total"] == passes + plain["estimates"]
+    twice, more = of(kind="sophia", every=4, share=0.5, estimator="hutchinson")
+    assert twice["estimates"] == pytest.approx(passes / 4, abs=1)
+    trained = sum(part["trained"] for part in model.parameters(config.train).values())
+    assert more == {**memory, "estimates": 8 * trained}
+    for kind in ("muon", "soap"):
+        settings = f"train.optimizer={{kind: {kind}}}"
+        assert not any("owners" in one for one in _not_counted(tiny_config(settings), model.packs))
+        said = _not_counted(tiny_config(settings, "train.engine={kind: fsdp}"), model.packs)
+        assert any("matrices on their way to their owners" in one for one in said)
 
 
 def test_experts_that_are_divided_over_ranks_are_not_gathered(tiny_config: Callable[..., RunConfig]) -> None:

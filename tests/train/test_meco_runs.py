@@ -222,6 +222,8 @@ def test_a_conditioned_model_is_asked_with_metadata(
         asked = ["generate", path, "--metadata", "made.up", *prompt, "--max-new-tokens", "5", "--json"]
         assert main(asked) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["answers"][0]["answer"] == answer
+    assert main(["generate", path, "--metadata", "https:///page", "--prompt", "Text"]) == 2
+    assert "take: host, which leaves nothing of it" in capsys.readouterr().err
     assert main(["generate", path, "--chat", "--metadata", "made.up", "--prompt", "Text"]) == 2
     assert "give --raw with --metadata" in capsys.readouterr().err
 
@@ -235,6 +237,22 @@ def test_a_conditioned_model_is_asked_with_metadata(
     with pytest.raises(ConfigError, match="no document that it was trained on has metadata"):
         metadata_of(plain.out)
     assert main(["generate", str(plain.out), "--metadata", "a.org", "--prompt", "Text"]) == 2
+    written = yaml.safe_load((plain.out / "config.yaml").read_text())
+
+    def asked(*sources: dict[str, Any]) -> str:
+        """As a run would whose sources have such metadata."""
+        written["data"] |= {"root": str(plain.out), "sources": [
+            {"kind": "text", "name": str(n), "path": "a", "metadata": one} for n, one in enumerate(sources)
+        ]}  # fmt: skip
+        (plain.out / "config.yaml").write_text(yaml.safe_dump(written))
+        return metadata_of(plain.out).asked("https://a.org/page").text
+
+    (plain.out / "hosts.txt").write_text("b.org\n")
+    assert asked({"known": "{root}/hosts.txt"}) == "URL: unknown\n\n"
+    assert asked({"fixed": "a topic"}) == "URL: https://a.org/page\n\n", "any text might have been fixed"
+    assert asked({"fixed": "a topic"}, {}) == "URL: a.org\n\n"
+    with pytest.raises(ConfigError, match=r"metadata of 2 kinds: 'URL: ' hash .*; 'URL: ' host "):
+        asked({"take": "hash"}, {})
     with pytest.raises(DataError, match="no document has metadata"):
         conditioned_losses(system, layout, open_splits(plain.data, layout, 0)["train"])
 

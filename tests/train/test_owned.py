@@ -46,6 +46,7 @@ OPTIMIZER = {
     "muon": {"kind": "muon", "lr": 1e-2, "adamw_lr": 3e-3},
     # Where gradients have had nothing yet, any basis is as good, and rounding decides: at 1e-2 losses differ by 1e-3.
     "soap": {"kind": "soap", "lr": 3e-4, "every": 2},
+    "sophia": {"kind": "sophia", "lr": 1e-2},
 }
 HOW = {
     "full, 1 rank": (1, "full"),
@@ -109,6 +110,8 @@ class Run:
             for name, parameter in self.parameters.items():
                 missing = step == 2 and name in ("tall", "bias")
                 parameter.grad = None if missing else self.place(name, drawn(name, step + 1))
+                if "hessian" in (state := self.optimizer.state.get(parameter, {})):
+                    state["hessian"].copy_(self.place(name, drawn(name, step + 50)))
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -288,11 +291,12 @@ def single(ranks: Ranks) -> dict[str, dict[str, Any]]:
     return {name: ranks.run(trained, 1, EXPERTS, name, {})[0] for name in ("muon", "soap")}
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_losses_are_those_of_one_process(engine: str, ranks: Ranks, single: dict[str, Any]) -> None:
+def test_losses_are_those_of_one_process(engine: str, optimizer: str, ranks: Ranks, single: dict[str, Any]) -> None:
     number, settings = ENGINES[engine]
-    for found in ranks.run(trained, number, EXPERTS, "muon", settings):
-        np.testing.assert_allclose(found["losses"], single["muon"]["losses"], rtol=1e-4)
+    for found in ranks.run(trained, number, EXPERTS, optimizer, settings):
+        np.testing.assert_allclose(found["losses"], single[optimizer]["losses"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "soap"])

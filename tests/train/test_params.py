@@ -1,7 +1,11 @@
 """Parameter groups against closed forms."""
 
+from typing import Any
+
+import open_clip
 import pytest
 import torch
+from pydantic import ValidationError
 from test_engines import UNTIED
 from test_expert_parallel import MODELS
 from torch import nn
@@ -9,7 +13,7 @@ from torch import nn
 from mm.errors import ConfigError
 from mm.train.config import ParamRule
 from mm.train.engines.single import scale_down
-from mm.train.optim.config import AdamWConfig
+from mm.train.optim.config import OPTIMIZERS, AdamWConfig
 from mm.train.params import freeze, parameter_groups, roles
 
 
@@ -70,6 +74,16 @@ def test_adamw_is_torchs() -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("values", [
+    {"kind": "adamw", "betas": [1.0, 0.9]}, {"kind": "muon", "momentum": 1.0}, {"kind": "muon", "betas": [0.9, -0.1]},
+    {"kind": "sophia", "betas": [0.9, 1.5]}, {"kind": "soap", "betas": [0.95, 1.0]},
+    {"kind": "soap", "shampoo_beta": 1.0},
+], ids=str)  # fmt: skip
+def test_a_mean_that_would_never_move_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"less than 1|greater than or equal to 0"):
+        OPTIMIZERS.resolve(values["kind"]).model_validate(values)
+
+
 def test_auxiliary_routers_are_clipped_by_themselves() -> None:
     parts = {
         "language": [torch.full((4,), 3.0)],
@@ -102,6 +116,22 @@ def test_roles_are_told_by_modules_and_not_by_shapes() -> None:
     assert expected.items() <= found.items()
     assert all((role == "vector") == (system.get_parameter(name).ndim < 2) for name, role in found.items())
     assert roles(UNTIED.build())["language.lm_head.weight"] == "head"
+
+
+def test_projections_without_layers_are_matrices() -> None:
+    """As attention of torch and open_clip has them."""
+    tiny = {"width": 16, "layers": 1, "heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    clip = roles(open_clip.create_model("ViT-B-32", vision_cfg=vision, text_cfg={**tiny, "vocab_size": 50}))
+    for block in ("visual.transformer.resblocks.0", "transformer.resblocks.0"):
+        assert clip[f"{block}.attn.in_proj_weight"] == clip[f"{block}.attn.out_proj.weight"] == "matrix"
+        assert clip[f"{block}.attn.in_proj_bias"] == "vector"
+    assert clip["token_embedding.weight"] == clip["positional_embedding"] == clip["visual.conv1.weight"] == "embedding"
+    found = roles(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=True))
+    assert {name for name, role in found.items() if role == "matrix"} == {
+        "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight",
+    }  # fmt: skip
+    assert found["bias_k"] == "embedding"
 
 
 def test_a_rule_may_set_a_role() -> None:

@@ -115,7 +115,9 @@ def test_cycles_are_schedules_one_after_the_other() -> None:
     assert factors(three, 300)[:-1] == pytest.approx(factors(one)[:-1] * 3, rel=1e-12)
     steps = CosineConfig(warmup=WARMUP, cycles=3)
     assert steps.factor(100, 300) == 1 / WARMUP
-    assert [key for key, _ in CosineConfig(warmup=40, cycles=3).problems(100)] == ["warmup"]
+    assert CosineConfig(warmup=2, cycles=3).problems(9) == [], "2 steps of warm-up and one of decay"
+    for warmup, steps in ((2, 7), (40, 100), (0.9, 12)):
+        assert [key for key, _ in CosineConfig(warmup=warmup, cycles=3).problems(steps)] == ["cycles"]
 
 
 def infinite(**settings: Any) -> InfiniteConfig:

@@ -13,7 +13,7 @@ from mm.errors import ConfigError
 from mm.train.checkpoint import create_optimizer_state, optimizer_tensors
 from mm.train.config import ParamRule
 from mm.train.optim.config import SOAPConfig
-from mm.train.optim.soap import SOAP, add_gram_, refresh_
+from mm.train.optim.soap import SOAP, add_gram_, eigenvectors, refresh_
 from mm.train.params import parameter_groups
 
 Gradient = Callable[[int, Tensor], Tensor]
@@ -328,6 +328,14 @@ def test_gradients_of_zero_move_nothing() -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (2, 5, 5)])
+def test_a_gram_of_zeros_needs_no_eigenvectors(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """State that a checkpoint is loaded into is made of such ones; of a large matrix they take minutes."""
+    expected = torch.linalg.eigh(torch.zeros(shape))[1].flip(-1)
+    monkeypatch.delattr(torch.linalg, "eigh")
+    assert torch.equal(eigenvectors(torch.zeros(shape)), expected)
+
+
 def test_roles_that_are_not_rotated_take_adamw_steps() -> None:
     net, reference = net_of(), net_of()
     optimizer = optimizer_of(net, lr=1e-2)
@@ -348,6 +356,15 @@ def test_says_what_it_cannot_do() -> None:
         SOAP(net.parameters())
     with pytest.raises(ValueError, match="block is 8192, expected at most max_precond_dim, 4096"):
         SOAPConfig(block=8192)
+
+
+def test_a_matrix_of_which_no_axis_would_be_rotated_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"inner\.weight is \[10, 6\], both .* max_precond_dim 5.* set block"):
+        optimizer_of(net_of(), max_precond_dim=5)
+    with pytest.raises(ConfigError, match=r"experts is \[4, 10\]"):
+        SOAPConfig(max_precond_dim=3).build([group for group in groups_of(net_of()) if "experts" in group["names"]])
+    optimizer_of(net_of(), max_precond_dim=5, block=5)
+    optimizer_of(net_of(), max_precond_dim=6)
 
 
 def test_learns_where_adamw_stalls() -> None:

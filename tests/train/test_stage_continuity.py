@@ -16,8 +16,9 @@ from mm.config import RunConfig, load_config
 from mm.data.batch import PackedBatch
 from mm.errors import CheckpointError, ConfigError
 from mm.train import checkpoint
+from mm.train.config import TrainConfig
 from mm.train.metrics import read_metrics
-from mm.train.stages import Stage
+from mm.train.stages import Stage, count_steps
 from mm.train.step import Counted
 from mm.train.trainer import Interrupted, Trainer, Unwatched
 
@@ -201,6 +202,7 @@ def widened(tensors: dict[str, Tensor], system: torch.nn.Module) -> dict[str, Te
     return grown
 
 
+HUTCHINSON = {"kind": "sophia", "estimator": "hutchinson"}
 WRONG = [
     ([{**FIRST, "keep_optimizer": True}], r"stages\.0\.keep_optimizer: there is no stage before whose optimizer"),
     ([FIRST, {**GO_ON, "keep_optimizer": False, "rewarm": True}], r"stages\.1\.rewarm: the schedule begins anew"),
@@ -217,6 +219,28 @@ WRONG = [
         r"stages\.1\.keep_optimizer: adapters are merged between stages",
     ),
     ([{**FIRST, "train": {"max_steps": 1}}, FIRST], r"train\.schedule\.warmup: 2 steps are more than the schedule's 1"),
+    (
+        [
+            {**FIRST, "train": {"max_steps": 3, "optimizer": {"kind": "soap"}}},
+            {**GO_ON, "train": {"max_steps": 4, "optimizer": {"kind": "soap", "block": 8}}},
+        ],
+        r"stages\.1\.train\.optimizer\.block: is 8, the moments of the stage before are of None",
+    ),
+    ([FIRST, {**GO_ON, "train": {"max_steps": 4, "init_from": "x"}}], r"stages\.1\.train\.init_from: is for the begin"),
+    (
+        [FIRST, {"name": "finer", "train": {"max_steps": 4, "precision": "bf16", "optimizer": HUTCHINSON}}],
+        r"train\.optimizer\.estimator: hutchinson takes small differences",
+    ),
+]
+DEEPSPEED = [
+    (
+        [FIRST, {"name": "muon", "train": {"max_steps": 4, "optimizer": {"kind": "muon"}}}],
+        "muon under deepspeed: it works",
+    ),
+    (
+        [FIRST, {**GO_ON, "convert": "test_stage_continuity:widened"}],
+        r"stages\.1\.keep_optimizer: deepspeed loads moments",
+    ),
 ]
 
 
@@ -224,6 +248,14 @@ WRONG = [
 def test_what_cannot_go_on_is_refused(configured: Configured, stages: list[Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         configured("run", stages=stages)
+
+
+@pytest.mark.parametrize(("stages", "words"), DEEPSPEED)
+def test_what_deepspeed_cannot_is_refused_before_a_stage_trains(
+    configured: Configured, stages: list[Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configured("run", "train.engine={kind: deepspeed}", stages=stages)
 
 
 def test_a_warm_up_may_be_longer_than_its_first_stage(configured: Configured) -> None:
@@ -248,6 +280,15 @@ def test_resumed_in_every_phase(configured: Configured, schedule: dict[str, Any]
     assert_same(whole, parts)
     lr = whole.train.optimizer.lr
     assert column(whole, "lr") == [lr * whole.train.schedule.factor(step, 10) for step in range(10)]
+    longer = configured("parts", "train.max_steps=11", "train.save_every=100", schedule=schedule)
+    if schedule["kind"] == "wsd":
+        with pytest.raises(
+            ConfigError, match="would change the rate of step 9, and 10 have been taken; let it fall at"
+        ):
+            run(longer, resume=True)
+    else:  # a decay over all steps is stretched
+        run(longer, resume=True)
+        assert column(longer, "lr")[10:] == [lr * longer.train.schedule.factor(10, 11)]
 
 
 TRUNK = {**INFINITE, "anneal": None}
@@ -307,20 +348,32 @@ def test_annealing_may_be_set_when_resuming_but_not_in_the_past(
     configured: Configured, trunk: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trunk, tmp_path / "resumed")
-    late = configured("resumed", "train.max_steps=9", schedule={**TRUNK, "anneal": {"at": 5, "steps": 4}})
-    with pytest.raises(ConfigError, match="would change the rates from step 5 on, and 6 have been taken"):
+    late = configured("resumed", "train.max_steps=9", schedule={**TRUNK, "anneal": {"at": 4, "steps": 5}})
+    with pytest.raises(ConfigError, match="would change the rate of step 5, and 6 have been taken"):
         run(late, resume=True)
-    config = configured("resumed", "train.max_steps=8", schedule={**TRUNK, "anneal": {"at": 6, "steps": 2}})
-    run(config, resume=True, stop=7)
-    longer = configured("resumed", "train.max_steps=9", schedule={**TRUNK, "anneal": {"at": 6, "steps": 3}})
-    with pytest.raises(ConfigError, match="would change the rates from step 6 on, and 7 have been taken"):
+    config = configured("resumed", "train.max_steps=9", schedule={**TRUNK, "anneal": {"at": 6, "steps": 3}})
+    run(config, resume=True, stop=8)
+    longer = configured("resumed", "train.max_steps=10", schedule={**TRUNK, "anneal": {"at": 6, "steps": 4}})
+    with pytest.raises(ConfigError, match="would change the rate of step 7, and 8 have been taken"):
         run(longer, resume=True)
     run(config, resume=True)
     lr = config.train.optimizer.lr
-    assert column(config, "lr")[6:] == [lr * 0.5, pytest.approx(lr * 0.5 * (0.01 / 0.5) ** 0.5, rel=1e-12)]
+    assert column(config, "lr")[6:] == pytest.approx([lr * 0.5 * (0.01 / 0.5) ** (n / 3) for n in range(3)], rel=1e-12)
 
 
-def test_what_a_branch_may_change(configured: Configured, trunk: Path, texts: Path) -> None:
+class Killed(Said):
+    """Ends the process, as it were, when the first step is logged."""
+
+    def step(self, row: dict[str, Any], steps: int) -> None:
+        raise KeyboardInterrupt
+
+
+def test_what_a_branch_may_change(configured: Configured, trunk: Path, texts: Path, tmp_path: Path) -> None:
+    trunk = shutil.copytree(trunk, tmp_path / "used")
+    start = trunk / "checkpoints/step-00000006"
+    state = json.loads((start / "state.json").read_text())
+    state["progress"] |= {"best": 0.1, "stale": 2, "bad": [["id", "reason"]], "offending": [5]}
+    (start / "state.json").write_text(json.dumps(state))
     branch = f"train.branch={trunk}"
     with pytest.raises(CheckpointError, match=r"train\.branch: .*step-00000006 is of a run with another train\.cl"):
         run(configured("no", "train.max_steps=8", branch, "train.clip_norm=2", schedule=TRUNK))
@@ -328,19 +381,43 @@ def test_what_a_branch_may_change(configured: Configured, trunk: Path, texts: Pa
     changed = ("train.max_steps=8", branch, others, "data.context_length=32", "train.batch_tokens=128")
     with pytest.raises(CheckpointError, match=r"another data\.context_length.*as there, or train\.branch_data=anew"):
         run(configured("no", *changed, schedule=TRUNK))
-    config = configured("yes", *changed, "train.branch_data=anew", schedule=TRUNK)
-    said = run(config, stop=7)
-    run(config, resume=True)
-    assert "the data begin anew" in said and column(config, "step") == [7, 8]
+    config = configured(
+        "yes", *changed, "train.branch_data=anew", "data.mixture.max_epochs={others: 50%}", schedule=TRUNK
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, Killed()).run()
+    (trunk / "checkpoints/latest").write_text("step-00000004")  # the other run goes on; this one stays where it began
+    said = run(config, resume=True)
+    assert f"branching off from {start} after step 6" in said and "the data begin anew" in said
+    about = json.loads((config.out / "run.json").read_text())
+    assert about["branch"] == {"checkpoint": str(start), "step": 6, "stage": 0, "stage_step": 6}
+    assert column(config, "step") == [7, 8]
+    once, twice = column(config, "epoch")
+    assert twice == pytest.approx(2 * once, rel=1e-2), "of these data"
     state = checkpoint.read_state(checkpoint.find(Path(config.out)))
     assert state["loader"]["step"] == 2 and set(state["loader"]["mixture"]["sources"]) == {"others"}
+    of_the_other = {key: state["progress"][key] for key in ("best", "stale", "bad", "offending")}
+    assert of_the_other == {"best": None, "stale": 0, "bad": [], "offending": []}
     assert {float(one) for name, one in saved(Path(config.out)).items() if name.endswith(".step")} == {8}
+    with pytest.raises(
+        ConfigError, match=r"train\.branch_data: anew is for a run with train\.branch; name .*"
+    ) as error:
+        configured("no", "train.branch_data=anew", stages=[FIRST, GO_ON])
+    assert len(str(error.value).splitlines()) == 1, "once for all stages"
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run with one"):
         run(configured("nowhere", "train.max_steps=8", "train.branch=nowhere", schedule=TRUNK))
 
 
-def test_a_branch_in_the_second_stage(configured: Configured) -> None:
-    staged = configured("staged", stages=[FIRST, GO_ON])
+def test_steps_on_the_data_of_another_run_take_no_packs() -> None:
+    train = TrainConfig(max_steps=8)
+    assert count_steps(train, 10, 4, 10, other_data=6) == 8
+    with pytest.raises(ConfigError, match=r"max_steps 8 takes 12 packs, .* 4 of them in stages before: set at most 7 "):
+        count_steps(train, 10, 4, 10, first=4, other_data=5)
+    assert count_steps(TrainConfig(epochs=2), None, 4, 10, other_data=6) == 6 + 5
+
+
+def test_a_branch_in_the_second_stage(configured: Configured, texts: Path) -> None:
+    staged = configured("staged", "train.keep=9", stages=[FIRST, GO_ON])
     run(staged)
     branch = configured(
         "branch", f"train.branch={staged.out / 'checkpoints/step-00000006'}", stages=[FIRST, GO_ON],
@@ -348,6 +425,19 @@ def test_a_branch_in_the_second_stage(configured: Configured) -> None:
     run(branch)
     assert column(branch, "step") == [7]
     assert_same(staged, branch, after=6)
+    # Where the first stage ends: the data may go on, or begin anew, and the schedule goes on from there.
+    end = f"train.branch={staged.out / 'checkpoints/step-00000003'}"
+    others = f"data.sources=[{{kind: text, name: others, path: {texts / 'others.jsonl'}}}]"
+    finite = (others, "data.mixture.max_epochs={others: 1}", "train.branch_data=anew")
+    anew = configured("anew", end, *finite, stages=[FIRST, GO_ON])
+    assert "the data begin anew" in run(anew)
+    state = checkpoint.read_state(checkpoint.find(anew.out))
+    assert state["loader"]["step"] == 4 and set(state["loader"]["mixture"]["sources"]) == {"others"}
+    words = r"train\.max_steps \(or epochs\) of a stage up to {}: is another than when it ended"
+    for name, length, number, *settings in (("staged", 4, "go on"), ("shorter", 2, "first", end)):
+        changed = configured(name, "train.keep=9", *settings, stages=[{**FIRST, "train": {"max_steps": length}}, GO_ON])
+        with pytest.raises(ConfigError, match=words.format(number)):
+            run(changed, resume=True)
 
 
 def test_another_runs_moments(configured: Configured) -> None:
@@ -364,6 +454,14 @@ def test_another_runs_moments(configured: Configured) -> None:
     one, other = saved(Path(staged.out)), saved(Path(second.out))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert column(staged, "loss", after=3) == column(second, "loss")
+    muon = {"kind": "muon", "lr": 1e-2}
+    other = configured(
+        "other", "train.max_steps=4", f"train.init_from={first.out}", init_optimizer=True, optimizer=muon
+    )
+    with pytest.raises(
+        ConfigError, match=r"train\.init_optimizer: muon cannot go on with the moments of adamw in .*first"
+    ):
+        run(other)
     with pytest.raises(ConfigError, match=r"train\.init_optimizer: there is no train\.init_from"):
         configured("no", "train.max_steps=4", init_optimizer=True)
     with pytest.raises(ConfigError, match=r"train\.init_optimizer: adapters are new in every run"):
@@ -371,6 +469,30 @@ def test_another_runs_moments(configured: Configured) -> None:
             "no", "train.max_steps=4", "train.lora=[{match: '.*q_proj'}]", f"train.init_from={first.out}",
             init_optimizer=True,
         )  # fmt: skip
+
+
+SOAP = {"kind": "soap", "lr": 1e-2}
+EMBEDDING = [{"match": ".*mlp.*", "role": "embedding"}]
+UNLIKE = [
+    ({"kind": "muon", "lr": 1e-2}, {"params": EMBEDDING}, "mlp", 2),
+    (SOAP, {"optimizer": {**SOAP, "max_precond_dim": 24}}, "mlp", 1),  # the first gradient makes its state
+]
+
+
+@pytest.mark.parametrize(("optimizer", "changed", "where", "steps"), UNLIKE, ids=["muon", "soap"])
+def test_moments_of_another_algorithm_start_anew(
+    configured: Configured, optimizer: dict[str, Any], changed: dict[str, Any], where: str, steps: int
+) -> None:
+    """Of another role, and in other bases; what is alike goes on."""
+    first = configured("first", "train.max_steps=2", optimizer=optimizer)
+    run(first)
+    settings = ("train.max_steps=2", f"train.init_from={first.out}")
+    second = configured("second", *settings, **{"optimizer": optimizer, "init_optimizer": True, **changed})
+    (said,) = [text for text in run(second) if "moments of" in text]
+    assert "the moments of 9 parameters go on" in said and f"; 3 start anew: language.model.layers.0.{where}" in said
+    counts = {name: float(one) for name, one in saved(second.out).items() if name.endswith(".step")}
+    assert {count for name, count in counts.items() if where in name} == {steps}
+    assert all(count > steps for name, count in counts.items() if where not in name)
 
 
 def train(config: RunConfig, resume: bool = False) -> str:

@@ -4,7 +4,7 @@ The oracle is one batch of all rows and plain autograd; the step must give the s
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -255,6 +255,13 @@ def test_an_extra_pass_does_not_disturb_the_steps() -> None:
     assert extra["losses"] == plain["losses"] and extra["state"]
     for one, other in zip(extra["gradients"], plain["gradients"], strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("share,number,expected", [(0.07, 100, 7), (0.7, 10, 7), (0.71, 10, 8), (1e-10, 4, 1)])
+def test_a_share_of_micro_batches_is_rounded_up(share: float, number: int, expected: int) -> None:
+    """From what it is, and not from 0.07 * 100 = 7.000000000000001."""
+    passes = Passes(cast(Stepper, None), [cast(PackedBatch, n) for n in range(number)], 0)
+    assert passes.first(share).batches == [*range(expected)]
 
 
 class Whole(torch.optim.SGD):

@@ -16,6 +16,15 @@ BUCKET = 50_000_000
 """Elements that DeepSpeed reduces or gathers at a time: 200 MB in float32. Its own 2 GB are for larger machines."""
 
 
+_WHOLE = "works on whole matrices and would see flat pieces of them; use train.engine.kind fsdp, or adamw"
+REFUSED = {
+    "muon": _WHOLE,
+    "soap": _WHOLE,
+    "sophia": "takes extra passes, which are not wired under DeepSpeed; use train.engine.kind fsdp, or adamw",
+}
+"""Kinds of optimizers that DeepSpeed does not get, and why."""
+
+
 class SingleConfig(KindSection):
     """One process."""
 

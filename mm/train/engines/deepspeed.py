@@ -26,7 +26,7 @@ from mm.models.system import Output, System
 from mm.train.checkpoint import model_tensors
 from mm.train.config import TrainConfig
 from mm.train.distributed import World
-from mm.train.engines.config import BUCKET, DeepSpeedConfig
+from mm.train.engines.config import BUCKET, REFUSED, DeepSpeedConfig
 from mm.train.engines.single import Groups, SingleEngine, T, part_of, scale_down
 
 OWNED = {
@@ -57,15 +57,6 @@ ABSENT = ("tensor_parallel", "expert_parallel", "pipeline", "sequence_parallel_s
 
 ELEMENTWISE = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 """Optimizers (and their subclasses, such as AdamW) that treat numbers one by one: ZeRO hands them flat tensors."""
-
-WHOLE = "works on whole matrices and would see flat pieces of them; use train.engine.kind fsdp, or adamw"
-REFUSED = {
-    "muon": WHOLE,
-    "soap": WHOLE,
-    "sophia": "takes extra passes, whose gradients would have to be kept from those of the step; use train.engine.kind "
-    "fsdp, or adamw",
-}
-"""Optimizers that would silently become others, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +102,7 @@ class DeepSpeedEngine(SingleEngine):
         if not isinstance(self.optimizer, ELEMENTWISE):
             raise ConfigError(
                 f"train.optimizer.kind {self.train.optimizer.kind}: under deepspeed optimizers see flat pieces of "
-                "parameters, and this one needs whole ones; use adamw, or train.engine.kind fsdp"
+                "parameters, and this one is none of torch's that go by element; use adamw, or train.engine.kind fsdp"
             )
         # DeepSpeed puts flat tensors in the place of the groups' parameters.
         self._names = super()._trained()

@@ -4,7 +4,7 @@
 peak that the schedule multiplies, and `weight_decay`, which the groups already hold.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Role = Literal["matrix", "head", "embedding", "vector"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""The decay of a running mean: at 1 it would never move."""
 
 
 class OptimizerConfig(KindSection):
@@ -32,7 +34,7 @@ class AdamWConfig(OptimizerConfig):
     """torch's AdamW (Loshchilov & Hutter, 1711.05101), fused."""
 
     kind: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the first and second moments."""
     eps: Number = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -47,7 +49,7 @@ class MuonConfig(OptimizerConfig):
     """torch's Muon (Jordan et al. 2024) for matrices, AdamW for the rest."""
 
     kind: str = "muon"
-    momentum: float = Field(default=0.95, ge=0, lt=1)
+    momentum: Beta = 0.95
     """Decay of the momentum of matrices."""
     nesterov: bool = True
     """Look a step ahead along the momentum."""
@@ -58,7 +60,7 @@ class MuonConfig(OptimizerConfig):
     sqrt(max(1, rows / columns))."""
     adamw_lr: Number | None = Field(default=None, gt=0)
     """Peak learning rate of what is no matrix; by default `lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Of AdamW."""
     eps: Number = Field(default=1e-8, gt=0)
     """Of AdamW."""
@@ -78,7 +80,7 @@ class SophiaConfig(OptimizerConfig):
     estimator: Literal["gnb", "hutchinson"] = "gnb"
     """`gnb` (Sophia-G): squared gradients of the loss on labels that the model draws, times their number.
     `hutchinson` (Sophia-H): u * (H u) for random signs u, for any objective; in float32 only."""
-    betas: tuple[float, float] = (0.965, 0.99)
+    betas: tuple[Beta, Beta] = (0.965, 0.99)
     """Decay of the momentum and of the Hessian's estimate."""
     rho: Number = Field(default=0.04, gt=0)
     """What the estimate is multiplied by: larger ones clip less. The share that is not clipped is logged (`unclipped`);
@@ -109,9 +111,9 @@ class SOAPConfig(OptimizerConfig):
     kind: str = "soap"
     lr: Number = Field(default=3e-3, gt=0)
     """Peak learning rate; the schedule multiplies it."""
-    betas: tuple[float, float] = (0.95, 0.95)
+    betas: tuple[Beta, Beta] = (0.95, 0.95)
     """Decay of the moments."""
-    shampoo_beta: float | None = Field(default=None, ge=0, lt=1)
+    shampoo_beta: Beta | None = None
     """Decay of the preconditioner; by default the second of `betas`."""
     eps: Number = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""

@@ -2,8 +2,9 @@
 
 An all-to-all brings gradients and weights to the owners, an optimizer that knows nothing of sharding steps whole plain
 tensors there, and a second all-to-all takes the new weights to wherever they lie. So the numbers are those of one
-process bit for bit, and the state of a matrix is whole, on its owner alone: checkpoints hold it by name, whatever the
-number of ranks. Work is divided by matrices, as in Megatron-LM's layer-wise optimizer and Dion (microsoft/dion).
+process with as many threads, bit for bit, and the state of a matrix is whole, on its owner alone: checkpoints hold it
+by name, whatever the number of ranks. Work is divided by matrices, as in Megatron-LM's layer-wise optimizer and Dion
+(microsoft/dion).
 """
 
 import math

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from mm.errors import ConfigError
@@ -26,7 +27,7 @@ PANEL = 128  # rows at least
 def build(config: SOAPConfig, groups: Groups) -> Optimizer:
     """SOAP for the groups of the roles that `precondition` names, AdamW for the others.
 
-    Raises `ConfigError` where there is none of the former.
+    Raises `ConfigError` where there is none of the former, or one of which no axis would be rotated.
     """
     rotated = [group for group in groups if group["role"] in config.precondition]
     others = [group for group in groups if group["role"] not in config.precondition]
@@ -36,6 +37,15 @@ def build(config: SOAPConfig, groups: Groups) -> Optimizer:
             f"train.optimizer.kind soap: nothing of the roles in `precondition` is trained, only {found}; use adamw, "
             "or set roles in train.params"
         )
+    for group in rotated:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            shape = _matrix_shape(parameter, group["role"])[-2:]
+            if config.block is None and min(shape) > config.max_precond_dim:
+                raise ConfigError(
+                    f"train.optimizer.kind soap: {name} is {[*shape]}, both axes longer than max_precond_dim "
+                    f"{config.max_precond_dim}, and would take steps of Adam; set block, a larger max_precond_dim, or "
+                    "its role to one that is not in `precondition`, in train.params"
+                )
     settings = config.model_dump(exclude={"kind", "precondition", "weight_decay"})
     parts = [owned(rotated, lambda own: SOAP(own, **settings))]
     if others:
@@ -117,8 +127,7 @@ class SOAP(Optimizer):
             state["step"] += 1
         step = int(state["step"])
         update = torch.empty_like(state["exp_avg"])
-        stacked = parameter.ndim == 3 and group.get("role", "matrix") == "matrix"
-        shape = parameter.shape if stacked else (len(parameter), -1)
+        shape = _matrix_shape(parameter, group.get("role", "matrix"))
         whole = [one.reshape(shape) for one in (grad.to(update), state["exp_avg"], state["exp_avg_sq"], update)]
         for suffix, place, axes in _blocks(whole[0].shape, group["max_precond_dim"], group["block"]):
             g, m, v, direction = (one[place] for one in whole)
@@ -140,6 +149,12 @@ class SOAP(Optimizer):
             size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else lr
             # At once, so that weights less precise than the state are rounded once.
             parameter.copy_(torch.add(parameter, update, alpha=-size).mul_(1 - lr * group["weight_decay"]))
+
+
+def _matrix_shape(parameter: Tensor, role: str) -> tuple[int, ...]:
+    """[rows, columns], or of a stack [n, rows, columns]."""
+    stacked = parameter.ndim == 3 and role == "matrix"
+    return tuple(parameter.shape) if stacked else (len(parameter), math.prod(parameter.shape[1:]))
 
 
 def _blocks(
@@ -194,7 +209,10 @@ def add_gram_(gram: Tensor, side: Tensor, beta: float) -> None:
 
 def eigenvectors(gram: Tensor) -> Tensor:
     """Of symmetric [..., d, d], in columns, that of the largest eigenvalue first."""
-    gram = gram + 1e-30 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    if not isinstance(gram, FakeTensor) and not gram.any():  # as where a checkpoint is to be loaded into it
+        return eye.flip(-1).expand_as(gram).contiguous()
+    gram = gram + 1e-30 * eye
     try:
         vectors = torch.linalg.eigh(gram)[1]
     except torch.linalg.LinAlgError:  # which float32 may meet where many eigenvalues are alike

@@ -11,6 +11,7 @@ parameter a rank holds, and needs no other.
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Sophia(Optimizer):
     def __init__(self, groups: list[dict[str, Any]], config: SophiaConfig) -> None:
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
         self.config = config
+        self._made = self._lost = 0  # estimates since `shares` was asked, and those of them that were not finite
         # By whole parameters, so that it does not depend on the number of ranks.
         self._large = sum(one.numel() for group in self.param_groups for one in group["params"]) >= COMPILED
 
@@ -98,10 +100,14 @@ class Sophia(Optimizer):
                 f"train.optimizer.estimator gnb: {type(system).__name__} has no labels to draw for its objective "
                 f"{left[0]}; set train.optimizer.estimator=hutchinson"
             )
-        if not gnb and engine.train.precision != "fp32":
+        rules = getattr(engine.train.engine, "precision", [])
+        coarse = [f"train.engine.precision of {rule.match!r}" for rule in rules if rule.weights != "fp32"]
+        if engine.train.precision != "fp32":
+            coarse = ["train.precision"]
+        if not gnb and coarse:
             raise ConfigError(
                 "train.optimizer.estimator hutchinson: takes small differences of gradients, for which bf16 is too "
-                "coarse; set train.precision=fp32, or train.optimizer.estimator=gnb"
+                f"coarse; set {coarse[0]} to fp32, or train.optimizer.estimator=gnb"
             )
 
     def due(self, step: int) -> bool:
@@ -109,29 +115,33 @@ class Sophia(Optimizer):
 
     def extra(self, passes: "Passes") -> None:
         passes = passes.first(self.config.share)
-        if self.config.estimator == "gnb":
-            self._gauss_newton_bartlett(passes)
-        else:
-            self._hutchinson(passes)
+        gnb = self.config.estimator == "gnb"
+        finite = self._gauss_newton_bartlett(passes) if gnb else self._hutchinson(passes)
+        self._made, self._lost = self._made + 1, self._lost + (not finite)
 
     def shares(self) -> dict[str, Tensor]:
         """`unclipped`: int64 [2], how many of the numbers that this rank holds take a step shorter than the learning
-        rate, and how many there are."""
+        rate, and how many there are. `estimates_lost`, if any were: of the estimates since this was asked last, those
+        that were not finite and left out."""
+        lost = {"estimates_lost": torch.tensor([self._lost, self._made])} if self._lost else {}
+        self._made = self._lost = 0
         found = [torch.zeros(2, dtype=torch.int64, device=self.param_groups[0]["params"][0].device)]
         for state in self.state.values():
             exp_avg, hessian = (_local(state[key]) for key in ("exp_avg", "hessian"))
             for m, h in zip(_blocks(exp_avg), _blocks(hessian), strict=True):
-                unclipped = (m.abs() < h * self.config.rho).sum()
+                unclipped = m.abs().lt_(h * self.config.rho).sum().long()  # in place: a sum of numbers, not of bools
                 found.append(torch.stack([unclipped, torch.full_like(unclipped, m.numel())]).to(found[0].device))
-        return {"unclipped": torch.stack(found).sum(0)}
+        return {"unclipped": torch.stack(found).sum(0), **lost}
 
-    def _gauss_newton_bartlett(self, passes: "Passes") -> None:
+    def _gauss_newton_bartlett(self, passes: "Passes") -> bool:
         """n * g^2, of the gradient g of the mean of n losses on labels that the model drew: in expectation the diagonal
-        of the Gauss-Newton matrix (section 2.3), which g^2 on given labels is not."""
+        of the Gauss-Newton matrix (section 2.3), which g^2 on given labels is not. Returns whether it is finite."""
         count = passes.drawn()
+        if not count:
+            return True
         # The norm is looked at once in `every` steps: one estimate that is not finite would stay in h for good.
-        if not count or not passes.clip(self.config.clip_estimate).isfinite():
-            return
+        if not passes.clip(self.config.clip_estimate).isfinite():
+            return False
         beta = self.config.betas[1]
         with torch.no_grad():
             for _, parameter in self._trained():
@@ -139,14 +149,15 @@ class Sophia(Optimizer):
                     hessian = _local(self._state(parameter)["hessian"])
                     grad = _local(parameter.grad).to(hessian.dtype)
                     hessian.mul_(beta).addcmul_(grad, grad, value=(1 - beta) * count)
+        return True
 
-    def _hutchinson(self, passes: "Passes") -> None:
+    def _hutchinson(self, passes: "Passes") -> bool:
         """u * (H u) for random signs u: in expectation the diagonal of the Hessian (section 2.3, where u is normal,
-        which makes it vary more).
+        which makes it vary more). Returns whether it is finite.
 
         H u is a central difference of gradients, since fused losses, recomputation and sharding have no second
         derivatives. Its error is of the order of spacing^2 by what the Hessian changes, and of epsilon / spacing by
-        rounding, so weights are moved by the cube root of epsilon of what they measure: 0.5 % in float32.
+        rounding, so weights are moved by the cube root of epsilon (0.5 % in float32) of the root mean square of all.
         """
         with torch.no_grad():
             trained = [(name, one, _local(one)) for name, one in self._trained()]
@@ -175,6 +186,7 @@ class Sophia(Optimizer):
                     hessian = _local(self._state(parameter)["hessian"])
                     estimate = _signs(name, parameter, passes) * (up - down) / (2 * spacing)
                     hessian.mul_(beta).add_(estimate, alpha=1 - beta)
+        return finite
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for group in self.param_groups:
@@ -199,12 +211,18 @@ def update(weight: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor, facto
 
 @functools.cache
 def compiled(device: str) -> Callable[..., None] | None:
-    """`update` as one pass over memory, for tensors of one axis; None where torch.compile does not work."""
-    kernel = torch.compile(update, dynamic=True)
+    """`update` as one pass over memory, for tensors of one axis; None, with a warning, where there is no compiler."""
     try:
+        kernel = torch.compile(update, dynamic=True)
         w, g, m, h = (torch.zeros(64, device=device) for _ in range(4))
         kernel(w, g, m, h, torch.zeros(5, device=device))
-    except Exception:  # whatever is missing: a compiler, its headers, Triton
+    except (RuntimeError, OSError) as error:  # all that torch raises; a compiler, its headers or Triton are missing
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"train.optimizer.kind sophia: torch.compile does not work on {device} ({reason}); steps go in blocks, to "
+            "the same numbers in about three times the time; install a compiler (g++) to have them fast",
+            stacklevel=2,
+        )
         return None
     return kernel
 

@@ -63,7 +63,7 @@ class MaskingConfig(Section):
     """What is hidden as a whole. `token`: each by itself. `word`: all tokens of a word. `span`: 1 to 10 words side by
     side, 3.8 on average, as in SpanBERT (1907.10529)."""
     corruption: tuple[Number, Number, Number] = (0.8, 0.1, 0.1)
-    """Shares of what is predicted that are read as the mask token, as any other token, and as they are. Drawn for each
+    """Shares of what is predicted that are read as the mask token, as any token at all, and as they are. Drawn for each
     token, of spans for each span. `[1, 0, 0]`: always the mask token."""
 
     @model_validator(mode="after")

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from mm.data.tokenizer import Tokenizer
 from mm.errors import ConfigError
 from mm.models import attention, backbone
 from mm.models.objectives import linear_cross_entropy_losses, next_token_losses
 from mm.models.systems.masked_lm.config import EncoderConfig
-from mm.models.vocabulary import add_rows
+from mm.models.vocabulary import add_rows, check_tokenizer
 
 Targets = Tensor | Callable[[Callable[[slice], Tensor]], Tensor]
 
@@ -36,6 +37,8 @@ def load(config: EncoderConfig, vocab_size: int, pad: int, weights: bool = True)
     Raises:
         ConfigError: the model cannot be had, does not take packed rows, or has too few embeddings.
     """
+    if weights and config.name is not None and config.tokenizer not in (None, config.name):
+        check_tokenizer(config.name, Tokenizer.load(config.tokenizer_name, config.added_tokens))
     options = {"dtype": "float32", "attn_implementation": attention.register()}
     auto = transformers.AutoModelForMaskedLM
     name = config.name or config.config["model_type"]  # type: ignore[index]

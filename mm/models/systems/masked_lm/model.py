@@ -60,8 +60,8 @@ class MaskedLM(System):
     def masked(self, batch: PackedBatch) -> Masked:
         """What is drawn: a pure function of the batch.
 
-        Of text that is learned, but for special tokens. A token that opens a segment has no label that says whether it
-        is learned; it counts as such.
+        Of text that is learned, but for special tokens and what opens a segment: no label says of that whether it is
+        learned, and without a begin of text it may be metadata or a prompt.
 
         Raises `ConfigError` where a document is longer than the model's positions.
         """
@@ -74,7 +74,8 @@ class MaskedLM(System):
                 f"data.context_length to {most} at most, with data.too_long=split"
             )
         eligible = (segments > 0) & ~self.vocabulary.special[ids]
-        eligible[:, 1:] &= (labels[:, :-1] != IGNORE) | (segments[:, 1:] != segments[:, :-1])
+        eligible[:, 0] = False
+        eligible[:, 1:] &= (labels[:, :-1] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
         found, chosen = ids.copy(), np.zeros_like(eligible)
         masking = self.masking
         for row, key in enumerate(batch.draws.tolist()):

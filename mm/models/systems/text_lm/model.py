@@ -1,5 +1,6 @@
 """A causal language model alone: what every generative system is on a batch without media."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mm.data.batch import PackedBatch
-from mm.errors import ConfigError
+from mm.data.tokenizer import Tokenizer
+from mm.errors import ConfigError, DataError
 from mm.models import backbone
 from mm.models.attention import Packing
 from mm.models.config import LanguageConfig
@@ -58,6 +60,7 @@ class TextLM(GenerativeSystem):
         device = next(self.parameters()).device
         found = []
         for name in self.distill.teachers:
+            _check_tokens(name, self._tokenizer)
             with torch.device(device):
                 teacher = backbone.load(LanguageConfig(name=name), len(self._tokenizer), device.type != "meta")
             _check_head(teacher, f"model.distill.teachers {name}")
@@ -104,13 +107,37 @@ class TextLM(GenerativeSystem):
         temperature = self.distill.temperature
         theirs: list[tuple[Tensor, nn.Linear, float]] = []
         with torch.no_grad():
-            for teacher in self.teachers:
+            for name, teacher in zip(self.distill.teachers, self.teachers, strict=True):
                 language: Any = teacher
+                most = getattr(language.config, "max_position_embeddings", None) or math.inf
+                if (length := batch.input_ids.shape[1]) > most:
+                    raise ConfigError(
+                        f"model.distill.teachers {name}: has {most:,} positions, rows have {length:,} tokens; set "
+                        f"data.context_length to {most} at most, or choose another teacher"
+                    )
                 seen = backbone.hidden_at(language, language.get_input_embeddings()(batch.input_ids), batch, keep)
                 theirs.append((seen, language.get_output_embeddings(), language.logit_factor))
         head, factor = self.language.get_output_embeddings(), self.language.logit_factor
         return backbone.at_head(
             head, hidden, lambda hidden: head_distillation_losses(hidden, head, factor, theirs, temperature)
+        )
+
+
+def _check_tokens(name: str, tokenizer: Tokenizer) -> None:
+    """Raise `ConfigError` where a teacher speaks of other tokens than the student, at the same ids."""
+    what = f"model.distill.teachers {name}"
+    try:
+        theirs = Tokenizer.load(name).ids()
+    except DataError as error:
+        raise ConfigError(
+            f"{what}: nothing says what its tokens are ({error}); put the tokenizer.json that it was trained with there"
+        ) from None
+    ours = tokenizer.ids()
+    if other := [token for token, id in theirs.items() if ours.get(token) != id]:
+        raise ConfigError(
+            f"{what}: its tokenizer is another one: {len(other):,} of its {len(theirs):,} tokens have no such id in "
+            f"{tokenizer.name}, {other[0]!r} for one; choose a teacher with the student's tokenizer, or set "
+            f"model.language.tokenizer={name}"
         )
 
 
