@@ -150,9 +150,12 @@ def points_of(paths: Sequence[Path], of: str, metric: str) -> list[tuple[str, fl
         if path.is_file():
             with open(path, newline="") as file:
                 for number, row in enumerate(csv.DictReader(file), start=2):
-                    if not (row.get(of) and row.get(metric)):
-                        raise DataError(f"{path}:{number}: expected columns {of} and {metric}, found {', '.join(row)}")
-                    found.append((f"{path.name}:{number}", float(row[of]), float(row[metric])))
+                    try:
+                        found.append((f"{path.name}:{number}", float(row[of]), float(row[metric])))
+                    except (KeyError, TypeError, ValueError):
+                        raise DataError(
+                            f"{path}:{number}: expected numbers in columns {of} and {metric}, found {row}"
+                        ) from None
             continue
         run = read_run(path)
         evaluated = run.found.get("eval.json") or {}

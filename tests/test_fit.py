@@ -10,7 +10,7 @@ from scipy.optimize import curve_fit
 
 from mm import cli
 from mm.errors import DataError
-from mm.fit import draw, fit_power, parse_law
+from mm.fit import draw, fit_power, parse_law, points_of
 
 X = np.geomspace(0.15, 1.4, 5)
 """Of the published fit, in billions of parameters: 3.43 + 0.05 / N^1.02 (2509.14786)."""
@@ -84,3 +84,12 @@ def test_a_chart_of_points_with_seeds(tmp_path: Path) -> None:
     fit = fit_power([x for _, x, _ in points], [loss for _, _, loss in points])
     draw(tmp_path / "fit.png", points, fit, "N", "test_loss")
     assert (tmp_path / "fit.png").exists()
+
+
+@pytest.mark.parametrize("line", ["3", "x,2", "3,"], ids=["too-short", "no-number", "empty"])
+def test_a_line_of_a_table_without_numbers_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "k.csv").write_text(f"K,loss\n1,2\n{line}\n")
+    with pytest.raises(DataError, match=r"k\.csv:3: expected numbers in columns K and loss"):
+        points_of([tmp_path / "k.csv"], "K", "loss")
+    with pytest.raises(DataError, match=r"k\.csv:2: expected numbers in columns K and nats"):
+        points_of([tmp_path / "k.csv"], "K", "nats")

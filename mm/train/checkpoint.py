@@ -31,7 +31,7 @@ from mm.errors import CheckpointError
 from mm.files import atomic, fsync
 from mm.train.storage import Reader, Writer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PREFIX = "step-"
 
 # Said at each save and load of one process. A filter for the time of a call would not hold: they run in two threads.

@@ -221,7 +221,7 @@ def check_rates(stages: list[Stage], state: dict[str, Any]) -> None:
     progress = state["progress"]
     stage, rest = stages[progress["stage"]], stages[progress["stage"] + 1 :]
     now = (stage.schedule_first, stage.schedule_steps)
-    was = tuple(state.get("schedule", now))
+    was = tuple(state["schedule"])
     cut = bool(rest) and rest[0].schedule_first > 0 and progress["stage_step"] > stage.steps
     if was[0] != now[0] or cut:
         raise ConfigError(
@@ -280,47 +280,6 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
         *(f"{name} starts anew: not in {where}" for name in own if name not in taken),
         *(f"{name} of {where} has no place in this model" for name in tensors if name not in own),
     ]
-
-
-def having_moments(system: nn.Module, saved: dict[str, tuple[int, ...]]) -> tuple[set[str], list[str]]:
-    """The trained parameters that a checkpoint has moments for, by name and shape, and those that start anew.
-
-    saved: shapes of the checkpoint's tensors by name.
-    """
-    known = {parameter_of(name) for name in saved if name.startswith("optimizer.")}
-    kept: set[str] = set()
-    new: list[str] = []
-    for name, parameter in system.named_parameters():
-        if parameter.requires_grad:
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed empties what it divides
-            if name in known and saved[f"model.{name}"] == shape:
-                kept.add(name)
-            else:
-                new.append(name)
-    return kept, new
-
-
-def unlike(moments: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> set[str]:
-    """The parameters whose moments have other names or shapes than those saved of them: another algorithm's.
-
-    Both by `optimizer.NAME.MOMENT`; of parameters that have none here nothing is said.
-    """
-    mine, theirs = set(moments.items()), set(saved.items())
-    known = {parameter_of(name) for name in moments}
-    return {name for one, _ in mine ^ theirs if one.startswith("optimizer.") and (name := parameter_of(one)) in known}
-
-
-def forget(optimizer: torch.optim.Optimizer, names: set[str]) -> None:
-    """Let these parameters start anew: their state is made again at their next gradient."""
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            if name in names:
-                optimizer.state.get(parameter, {}).clear()
-
-
-def parameter_of(moment: str) -> str:
-    """The parameter of `optimizer.NAME.MOMENT`."""
-    return moment.removeprefix("optimizer.").rpartition(".")[0]
 
 
 def _resampled(system: nn.Module, name: str, old: Tensor, new: Tensor, where: str) -> Tensor:

@@ -40,22 +40,11 @@ from mm.train.features import Aside, attach_codes
 from mm.train.guard import Guard
 from mm.train.lora import apply_lora
 from mm.train.metrics import MetricsLog, Throughput, check_trackers
+from mm.train.moments import take_moments
 from mm.train.params import freeze, parameter_groups
 from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
-from mm.train.stages import (
-    Stage,
-    check_rates,
-    forget,
-    having_moments,
-    initial_tensors,
-    open_stages,
-    parameter_of,
-    settings_of,
-    take_over,
-    trained_system,
-    unlike,
-)
+from mm.train.stages import Stage, check_rates, initial_tensors, open_stages, take_over, trained_system
 from mm.train.step import Counted, Done, Stepper, count, counted
 
 
@@ -262,7 +251,8 @@ class Trainer:
             self._go_on(stage, newest)
         elif train.init_optimizer:
             assert train.init_from is not None
-            self._take_moments(stage, checkpoint.find(train.init_from.expanduser()))
+            folder = checkpoint.find(train.init_from.expanduser())
+            self.watcher.event(take_moments(self.engine, stage, folder))
         if self.aside:
             self.aside.attach(stage.splits, stage.layout, config)
             self.watcher.event(f"the features of {self.aside.tower.name} are read, and it does not run")
@@ -306,43 +296,7 @@ class Trainer:
             stage.loader.load_state_dict({**loader, "passed_over": []})
             self.watcher.event(f"the data go on behind {loader['mixture']['position']:,} packs")
         if stage.keep_optimizer:
-            self._take_moments(stage, newest, self.ema)
-
-    def _take_moments(self, stage: Stage, folder: Path, ema: EMA | None = None) -> None:
-        """Of another stage or run, with averages of its weights. Parameters that are new or of another shape start
-        anew, and so do those that the optimizer keeps something else of now."""
-        state, kind = checkpoint.read_state(folder), stage.config.train.optimizer.kind
-        if (was := settings_of(state)["optimizer"]["kind"]) != kind:
-            raise ConfigError(
-                f"train.init_optimizer: {kind} cannot go on with the moments of {was} in {folder}; set "
-                f"train.optimizer.kind={was}, or train.init_optimizer=false"
-            )
-        saved = checkpoint.described(folder)
-        kept, new = having_moments(self.system, saved)
-        deepspeed = self.engine.kind == "deepspeed"
-        if deepspeed and (new or stage.convert):
-            # It has one count of steps for all parameters of a flat tensor, and loads the weights along.
-            raise ConfigError(
-                "train.engine.kind deepspeed takes over the moments of all trained parameters or of none: "
-                + (f"{new[0]} has none in {folder}" if new else "stages.convert changes the model")
-                + "; use fsdp"
-            )
-        moments = {name for name in saved if name.startswith("optimizer.") and parameter_of(name) in kept}
-        tensors = self.engine.tensors_to_load(moments)
-        if not deepspeed:
-            made = {name: tuple(one.shape) for name, one in tensors.items() if name.startswith("optimizer.")}
-            others = set().union(*self.world.gather(unlike(made, saved)))
-            forget(self.engine.optimizer, others)
-            kept, new = kept - others, [*new, *sorted(others)]
-            tensors = {name: one for name, one in tensors.items() if name in moments and parameter_of(name) in kept}
-        if ema is not None:
-            tensors |= {name: one for name, one in ema.tensors().items() if saved.get(name) == tuple(one.shape)}
-        checkpoint.load(folder, tensors, all_of_a_kind=False)
-        self.engine.loaded(tensors)
-        if ema is not None and state["ema"]:
-            ema.load_state_dict(state["ema"])
-        left = f"; {len(new)} start anew: {new[0]}" if new else ""
-        self.watcher.event(f"the moments of {len(kept)} parameters go on from {folder}{left}")
+            self.watcher.event(take_moments(self.engine, stage, newest, self.ema))
 
     def _restore(self, stage: Stage, folder: Path) -> None:
         tensors = self.engine.tensors_to_load(set(checkpoint.described(folder)))

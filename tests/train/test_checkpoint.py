@@ -348,7 +348,7 @@ def test_damage_is_said(tmp_path: Path) -> None:
     file.write_bytes(good)
 
     (checkpoint / "state.json").write_text(json.dumps({**state, "format_version": 2}))
-    with pytest.raises(CheckpointError, match="checkpoint format 2, this version of mm reads 3"):
+    with pytest.raises(CheckpointError, match="checkpoint format 2, this version of mm reads 4"):
         load(checkpoint, tensors)
     (checkpoint / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
