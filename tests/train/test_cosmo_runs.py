@@ -1,8 +1,6 @@
 """COSMO in real runs: both objectives fall, frozen parts stay, a run resumes, and two ranks are one."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,14 @@ import torch
 import yaml
 from ranks import Ranks
 from tiny_cosmo import FROZEN, MODEL
+from whole_runs import StopAt, train, weights
 
 from mm.config import load_config
 from mm.errors import ConfigError
-from mm.train import checkpoint
 from mm.train.estimate import estimate
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Interrupted, Trainer
 
 SOURCE = {"kind": "captions", "path": "builtin:emoji/validation-*.tar.gz", "prompt": "{language}: "}
 TEXT = {"kind": "text", "name": "text"}
@@ -53,17 +51,6 @@ def cosmo(tmp_path: Path, cache: Path) -> Callable[..., Path]:
     return write
 
 
-def train(path: Path, overrides: tuple[str, ...] = (), resume: bool = False) -> None:
-    Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
-def weights(found: Path | None) -> dict[str, torch.Tensor]:
-    assert found is not None
-    tensors = {name: torch.empty(shape) for name, shape in checkpoint.described(found).items()}
-    checkpoint.load(found, tensors)
-    return tensors
-
-
 def test_both_objectives_are_learned_and_what_is_frozen_stays(cosmo: Callable[..., Path], tmp_path: Path) -> None:
     path = cosmo(evaluation={"every": 12})
     train(path, ("train.max_steps=24", "train.save_every=12"))
@@ -87,13 +74,8 @@ def test_a_run_resumes_bit_for_bit(cosmo: Callable[..., Path], tmp_path: Path) -
     path, whole, parts = cosmo(evaluation={"every": 2}), tmp_path / "whole", tmp_path / "parts"
     train(path, (f"out={whole}",))
 
-    class StopAfterThree(Unwatched):
-        def step(self, row: dict[str, Any], steps: int) -> None:
-            if row["step"] == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted):
-        Trainer(load_config(path, (f"out={parts}",)), StopAfterThree()).run()
+        Trainer(load_config(path, (f"out={parts}",)), StopAt(3)).run()
     train(path, (f"out={parts}",), resume=True)
     names = ("loss", "loss/contrastive", "grad_norm", "step_tokens", "validation_loss")
     found, expected = (
@@ -101,7 +83,7 @@ def test_a_run_resumes_bit_for_bit(cosmo: Callable[..., Path], tmp_path: Path) -
         for folder in (parts, whole)
     )
     assert found == expected and len(found) == 6
-    ours, theirs = (weights(checkpoint.newest(folder / "checkpoints")) for folder in (parts, whole))
+    ours, theirs = (weights(folder) for folder in (parts, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

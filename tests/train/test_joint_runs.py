@@ -1,8 +1,6 @@
 """Pictures with captions and music in one run: trains, goes on bit for bit, closes its ledger, and runs on ranks."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from music_run import MODEL as MUSIC
 from music_run import RATE, samples, wave
 from ranks import Ranks
 from tiny_run import TINY
+from whole_runs import StopAt, weights
 
 from mm.config import RunConfig, load_config
 from mm.data.check import check
@@ -22,7 +21,6 @@ from mm.data.inspect import summary
 from mm.data.packed import PackedDataset
 from mm.errors import ConfigError
 from mm.hub import load
-from mm.train import checkpoint
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
 from mm.train.trainer import Interrupted, Trainer, Unwatched
@@ -60,15 +58,6 @@ def rows(out: Path) -> list[dict[str, Any]]:
     clocked = ("elapsed", "per_second", "data_wait", "memory")
     found = read_metrics(out / "metrics.jsonl")
     return [{key: one for key, one in row.items() if not any(name in key for name in clocked)} for row in found]
-
-
-class StopAt(Unwatched):
-    def __init__(self, step: int) -> None:
-        self.last = step
-
-    def step(self, row: dict[str, Any], steps: int) -> None:
-        if row["step"] == self.last:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_it_trains_is_stopped_and_goes_on_bit_for_bit(joint: Path, tmp_path: Path) -> None:
@@ -126,14 +115,6 @@ def trained(path: Path, out: Path, *overrides: str) -> dict[str, float]:
     trainer = Trainer(config(path, out, "data.validation=[]", "evaluation.every=0", *overrides), Unwatched())
     result = trainer.run()
     return {name: value for name, value in result.items() if isinstance(value, float)}
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.newest(out / "checkpoints")
-    assert newest is not None
-    tensors = {name: torch.empty(shape) for name, shape in checkpoint.described(newest).items()}
-    checkpoint.load(newest, tensors)
-    return tensors
 
 
 def test_two_ranks_equal_one(joint: Path, ranks: Ranks, tmp_path: Path) -> None:

@@ -9,16 +9,15 @@ import pytest
 import torch
 import yaml
 from ranks import Ranks
+from whole_runs import train, weights
 
 import mm
 from mm.cli import main
 from mm.config import load_config
 from mm.data.loader import one_pass
 from mm.data.prepare import open_splits
-from mm.train import checkpoint
 from mm.train.estimate import estimate
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Trainer, Unwatched
 
 MODEL: dict[str, Any] = {
     "kind": "masked_lm",
@@ -74,18 +73,6 @@ def written(folder: Path, cache: Path, **sections: Any) -> Path:
 @pytest.fixture
 def text(tmp_path: Path, cache: Path) -> Callable[..., Path]:
     return lambda **sections: written(tmp_path, cache, **sections)
-
-
-def train(path: Path, overrides: tuple[str, ...] = (), resume: bool = False) -> None:
-    Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.newest(folder / "checkpoints")
-    assert found is not None
-    tensors = {name: torch.empty(one.size) for name, one in checkpoint.open_reader(found).tensors.items()}
-    checkpoint.load(found, tensors)
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import torch
 import yaml
 from music_run import HUBERT, MODEL, ROW, wav
 from ranks import Ranks
+from whole_runs import StopAt, train, weights
 
 from mm.config import load_config
-from mm.train import checkpoint
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Interrupted, Trainer
 
 DROPPED = {**MODEL, "encoder": {"config": {**HUBERT, "layerdrop": 0.3}}}
 
@@ -64,18 +62,6 @@ def music(recordings: Path, tmp_path: Path, cache: Path) -> Callable[..., Path]:
     return lambda **sections: written(recordings, tmp_path, cache, **sections)
 
 
-def train(path: Path, overrides: tuple[str, ...] = (), resume: bool = False) -> dict[str, Any]:
-    return Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.newest(folder / "checkpoints")
-    assert found is not None
-    tensors = {name: torch.empty(shape) for name, shape in checkpoint.described(found).items()}
-    checkpoint.load(found, tensors)
-    return tensors
-
-
 OBJECTIVES = ("codes", "cqt", "feature_penalty")
 
 
@@ -108,13 +94,8 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(music: Callable[..., Path],
     path, whole, parts = music(model=some), tmp_path / "whole", tmp_path / "parts"
     train(path, (f"out={whole}",))
 
-    class StopAfterThree(Unwatched):
-        def step(self, row: dict[str, Any], steps: int) -> None:
-            if row["step"] == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted):
-        Trainer(load_config(path, (f"out={parts}",)), StopAfterThree()).run()
+        Trainer(load_config(path, (f"out={parts}",)), StopAt(3)).run()
     train(path, (f"out={parts}", "data.workers=1"), resume=True)
     names = ("loss", "grad_norm", "code_accuracy", "mixed_clips")
     found, expected = (

@@ -15,11 +15,11 @@ from ranks import Ranks
 from tiny_moma import MODEL, POSITIONS
 from transformers import JanusVQVAE
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from whole_runs import train, weights
 
 from mm.config import load_config
 from mm.errors import ConfigError, MMError
 from mm.report import report_page
-from mm.train import checkpoint
 from mm.train.estimate import estimate
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
@@ -53,18 +53,6 @@ def written(folder: Path, cache: Path, **sections: Any) -> Path:
 @pytest.fixture
 def moma(tmp_path: Path, cache: Path) -> Callable[..., Path]:
     return lambda **sections: written(tmp_path, cache, **sections)
-
-
-def train(path: Path, overrides: tuple[str, ...] = (), resume: bool = False) -> None:
-    Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.newest(folder / "checkpoints")
-    assert found is not None
-    tensors = {name: torch.empty(shape) for name, shape in checkpoint.described(found).items()}
-    checkpoint.load(found, tensors)
-    return tensors
 
 
 def test_it_learns_both_modalities(moma: Callable[..., Path], tmp_path: Path) -> None:

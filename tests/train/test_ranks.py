@@ -12,33 +12,20 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankError, Ranks
+from whole_runs import train, weights
 
-from mm.config import load_config
 from mm.errors import DataError
 from mm.train import checkpoint
 from mm.train.distributed import HUNG, RankFailed, World
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Trainer, Unwatched
 
 NO_TEST = ("data.test=[]", "data.validation=[]")
 STEADY = ("train.optimizer={kind: adamw, lr: 1e-3, eps: 1e-6}",)
 FSDP = ("train.engine={kind: fsdp}",)
 
 
-def train(path: Path, overrides: tuple[str, ...], resume: bool = False) -> dict[str, Any]:
-    return Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.newest(folder / "checkpoints")
-    assert found is not None
-    tensors = {name: torch.empty(shape) for name, shape in checkpoint.described(found).items()}
-    checkpoint.load(found, tensors)
-    return tensors
 
 
 def close(a: Path, b: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from ranks import Ranks
 from tiny_simvlg import FEATURES, FRAMES, MODEL, POSITIONS, clip, picture
-from torch import Tensor
+from whole_runs import train, weights
 
 from mm import hub
 from mm.config import load_config
@@ -23,7 +23,7 @@ from mm.train import checkpoint
 from mm.train.estimate import estimate
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Trainer, Unwatched
+from mm.train.trainer import Unwatched
 
 FREEZE = [
     {"match": "(vision|language).*", "freeze": True},
@@ -81,17 +81,8 @@ def simvlg(tmp_path: Path, cache: Path, shard: Path) -> Callable[..., Path]:
     return write
 
 
-def train(path: Path, overrides: tuple[str, ...] = (), resume: bool = False) -> None:
-    Trainer(load_config(path, overrides), Unwatched()).run(resume)
-
-
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    reader = checkpoint.open_reader(checkpoint.find(folder))
-    return dict(zip(reader.tensors, reader.whole(reader.tensors), strict=True))
 
 
 def test_it_learns_from_pictures_and_clips_and_frozen_parts_stay(simvlg: Callable[..., Path], tmp_path: Path) -> None:

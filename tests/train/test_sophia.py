@@ -4,9 +4,7 @@ Toys are systems whose loss depends on their weights alone, so that the trainer'
 """
 
 import math
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +25,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from whole_runs import StopAt
 
 from mm.config import RunConfig, load_config
 from mm.data.batch import PackedBatch, collate, select_rows, with_dummies
@@ -618,15 +617,6 @@ def test_deepspeed_is_refused_before_anything_is_built() -> None:
     with pytest.raises(ConfigError, match="sophia under deepspeed: it takes extra passes, which are not wired"):
         train = TrainConfig.model_validate({"device": "cpu", "optimizer": SOPHIA, "engine": {"kind": "deepspeed"}})
         train.engine.build(World(), train)
-
-
-class StopAt(Unwatched):
-    def __init__(self, step: int) -> None:
-        self.last = step
-
-    def step(self, row: dict[str, Any], steps: int) -> None:
-        if row["step"] == self.last:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
