@@ -15,7 +15,7 @@ TOP = {"mm.config", "mm.hub", "mm.report", "mm.compare", "mm.fit", "mm.doctor", 
 
 
 def room(module: str) -> str:
-    if module in ("mm.cli", "mm.__main__"):
+    if module == "mm.__main__":
         return "cli"
     if module in TOP:
         return "top"

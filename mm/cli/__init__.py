@@ -1,0 +1,84 @@
+"""The command line: a file for each family of commands, one function a command, no logic of its own.
+
+Results go to stdout, progress and errors to stderr. With `--json` the last line of stdout is one JSON object. Status: 0
+done; 2 something that the user can put right, in one line; 130 stopped by Ctrl-C and 75 by SIGTERM, all saved: a
+scheduler can queue the same command again; 1 a bug.
+"""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+
+from mm import __version__
+from mm.cli import data, evals, models, runs
+from mm.cli.parsing import Commands, Parser
+from mm.errors import MMError
+
+STOPPED: dict[int | None, int] = {signal.SIGINT: 130, signal.SIGTERM: os.EX_TEMPFAIL}
+"""Status by the signal that a run was stopped and saved by."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="mm", description="Train multimodal models from configs; pack data sets; look at both.")
+    parser.add_argument("--version", action="version", version=f"mm {__version__}")
+    commands = Commands(parser)
+    for family in (runs, data, models, evals):
+        family.add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args, unknown = build_parser().parse_known_args(argv)
+    # Options may stand between overrides, which argparse then leaves over.
+    if unknown:
+        flags = [text for text in unknown if text.startswith("-") or not hasattr(args, "overrides")]
+        if flags:
+            print(f"mm: unknown argument {flags[0]!r}; see `mm {args.command} --help`", file=sys.stderr)
+            return 2
+        args.overrides += unknown
+    try:
+        result = args.function(args)
+    except KeyboardInterrupt:
+        return fail(args, "interrupted; what is done is kept, and the same command goes on", 130)
+    except MMError as error:
+        if args.debug:
+            raise
+        status = STOPPED.get(getattr(error, "signal", None), 2)
+        if status != 2 and os.environ.get("RANK", "0") != "0":
+            return status  # every rank stops, and the first says so
+        return fail(args, str(error), status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if args.debug:
+            raise
+        return fail(args, explain_os_error(error), 2)
+    except Exception as error:
+        if args.debug:
+            raise
+        text = (str(error).strip() or repr(error)).splitlines()[0]
+        return fail(args, f"unexpected {type(error).__name__}: {text} (a bug? --debug shows where)", 1)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return int(args.status)
+
+
+def explain_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; checkpoints saved before are whole: free some space and go on with --resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no permission to write or read there; choose another folder (out=DIR, data.cache=DIR)"
+    return f"{where}{error.strerror or error}"
+
+
+def fail(args: argparse.Namespace, text: str, status: int) -> int:
+    print("\n".join(f"mm: {line}" for line in text.splitlines()), file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": text, "status": status}, ensure_ascii=False))
+    return status
