@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = args.function(args)
     except KeyboardInterrupt:
-        return fail(args, "interrupted; what is done is kept, and the same command goes on", 130)
+        return fail(args, "interrupted; what is finished is kept, and the same command goes on from there", 130)
     except MMError as error:
         if args.debug:
             raise
