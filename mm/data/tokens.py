@@ -35,7 +35,7 @@ class SegmentMedia:
     """Media of one segment: `length` placeholder positions from `position` on; `cost` in encoder tokens.
 
     `plan`: what decoding is held to – `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds,
-    `{"grid": [rows, columns]}` of a picture in its own aspect ratio.
+    with `"part": true` where a part is meant, `{"grid": [rows, columns]}` of a picture in its own aspect ratio.
     """
 
     kind: MediaKind
@@ -401,7 +401,8 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
         clip = probe_video(media.open(), where, limits.pixels, limits.seconds)
         times = frame_times(clip, layout.video.frames, media.span, where)
         length, cost = layout.video.count()
-        return SegmentMedia(media.kind, 0, length, cost, media, {"times": [round(time, 6) for time in times]})
+        plan = {"times": [round(time, 6) for time in times], **({"part": True} if media.span else {})}
+        return SegmentMedia(media.kind, 0, length, cost, media, plan)
     raise DataError(f"{where}: the model takes no {media.kind}")
 
 

@@ -12,9 +12,10 @@ import io
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import median
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
 Span = tuple[float, float]
 """Start and end of the part that is meant, in seconds."""
+
+MUXERS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska"}
+"""Of containers that say when each frame is shown."""
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # and no playlists, which would open other files
 _FRAME_PIXELS = 1 << 25  # 8K; what one frame may cost in memory, many times over in a decoder
@@ -154,6 +158,76 @@ def decode_video(
             normalise(pixels[:, ::-1] if mirrored else pixels, transform, out[index])
             last = wanted, index
     return out
+
+
+def cut_video(data: bytes, times: Sequence[float], ext: str) -> tuple[bytes, list[float]]:
+    """What of a clip the frames at `times` (seconds) need, and the times of these frames in it.
+
+    The packets from the keyframe before the first of them to the last, as they are, in a container of the same kind:
+    `decode_video` gives the same to the last bit. Sound is left out. The clip itself, where that saves less than half,
+    where the new container says something else of these packets, and where the clip is damaged.
+    """
+    whole = data, [*times]
+    if ext not in MUXERS:
+        return whole
+    try:
+        with _open(io.BytesIO(data), "") as container:
+            before = _Timeline(container, _stream(container, ""), len(data), "")
+            wanted = [before.shown_at(time) for time in times]
+            indices = [before.pts.index(pts) for pts in wanted]
+            first = min(before.keyframe(min(wanted)), *indices)
+            packets = before.packets[first : max(indices) + 1]
+            if before.in_order or 2 * sum(packet.size for packet in packets) > len(data):
+                return whole
+            about = _about(container)
+            cut = _muxed(packets, MUXERS[ext])
+        if 2 * len(cut) > len(data):
+            return whole
+        with _open(io.BytesIO(cut), "") as container:
+            after = _Timeline(container, _stream(container, ""), len(cut), "")
+            if about != _about(container) or not _alike(packets, after.packets):
+                return whole
+    except DataError:
+        return whole
+    places = [after.pts[index - first] for index in indices]
+    found = [(pts - after.shown[0] + 0.5) * after.tick for pts in places]  # half a tick: nothing is rounded down
+    return (cut, found) if [after.shown_at(time) for time in found] == places else whole
+
+
+def _muxed(packets: list["av.Packet"], format: str) -> bytes:
+    """A container with these packets of one stream."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format=format, options={"fflags": "+bitexact"}) as out:
+        stream = out.add_stream_from_template(packets[0].stream)
+        for packet in packets:
+            copy = av.Packet(bytes(packet))
+            copy.pts, copy.dts, copy.duration, copy.time_base = (
+                packet.pts, packet.dts, packet.duration, packet.time_base,
+            )  # fmt: skip
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            out.mux(copy)
+    return file.getvalue()
+
+
+def _about(container: "InputContainer") -> tuple[Any, ...]:
+    """What pixels depend on beside packets."""
+    context = _stream(container, "").codec_context
+    colours = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
+    return _rotation(container), context.name, context.extradata, context.width, context.height, colours
+
+
+def _alike(packets: list[Any], others: list[Any]) -> bool:
+    """The same bytes at the same times from the first one on, with nothing that a decoder is told between packets."""
+    told = ("new_extradata", "palette")
+    if any(one.pts is None or any(map(one.has_sidedata, told)) for one in packets):
+        return False
+
+    def of(found: list[Any]) -> list[tuple[bytes, Fraction, bool]]:
+        return [(bytes(one), (one.pts - found[0].pts) * one.time_base, one.is_keyframe) for one in found]
+
+    return of(packets) == of(others)
 
 
 @contextmanager

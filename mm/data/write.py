@@ -24,6 +24,7 @@ from mm.data.sample import Media
 from mm.data.scan import COUNTED, Scan
 from mm.data.shards import Placed
 from mm.data.tokens import Segment, SegmentMedia
+from mm.data.video import cut_video
 from mm.errors import DataError
 from mm.files import atomic
 
@@ -117,8 +118,11 @@ def _segment(row: dict[str, Any], files: "_Files") -> Segment:
     """A scanned row, with its media read."""
     media = []
     for one in row["media"]:
-        encoded = Media(one["kind"], files.read(row["from"], one), one["ext"])
+        data = files.read(row["from"], one)
         plan = json.loads(one["plan"]) if one["plan"] else {}
+        if plan.pop("part", False):  # or every part of a long video would bring all of it along
+            data, plan["times"] = cut_video(data, plan["times"], one["ext"])
+        encoded = Media(one["kind"], data, one["ext"])
         media.append(SegmentMedia(one["kind"], one["position"], one["length"], one["cost"], encoded, plan))
     edges = row["loss"]
     metadata = tuple(row["metadata"]) or None

@@ -15,7 +15,7 @@ from PIL import Image
 from mm.data import video
 from mm.data.media import ImageTransform, draw_box
 from mm.data.sample import keyed_rng
-from mm.data.video import VideoHeader, decode_video, frame_times, frame_times_fps, probe_video
+from mm.data.video import VideoHeader, cut_video, decode_video, frame_times, frame_times_fps, probe_video
 from mm.errors import DataError
 
 av = pytest.importorskip("av")
@@ -114,6 +114,53 @@ def test_frames_without_times_of_their_own_come_in_order() -> None:
     data = file.getvalue()
     times = [(i + 0.5) / 24 for i in (0, 1, 2, 3, 7, 13, 14, 30, 31, 47)]
     assert numbers(decode_video(data, times, PLAIN, "s")) == [0, 1, 2, 3, 7, 13, 14, 30, 31, 47]
+
+
+OPEN = {"bf": "3", "crf": "12", "x264-params": "open-gop=1:b-pyramid=strict"}
+PARTS = ((1.0, 1.21, 1.3), (0.0, 0.13), (2.2, 2.45), (2.3, 2.1, 2.1))
+
+
+@pytest.mark.parametrize("rotation", [0, -90])
+@pytest.mark.parametrize("name", [name for name in FORMATS if "avi" not in name])
+def test_a_cut_clip_shows_the_same_to_the_last_bit(name: str, rotation: int) -> None:
+    if rotation and "webm" in name:
+        pytest.skip("has no rotation")
+    data = clip(name, draw=scene, size=(96, 64), rotation=rotation, sound=True, gop=6)
+    for times in PARTS:
+        cut, found = cut_video(data, times, name.split()[0])
+        assert len(cut) < len(data) / 2 and not probed(cut).has_audio
+        expected = decode_video(data, times, PLAIN, "s")
+        assert np.array_equal(decode_video(cut, found, PLAIN, "s"), expected)
+        assert (cut, found) == cut_video(data, times, name.split()[0]), "the same bytes whenever it is done"
+        assert cut_video(cut, found, name.split()[0])[0] is cut, "there is nothing more to leave out"
+
+
+def test_clips_are_cut_where_frames_lean_on_those_after_a_keyframe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open groups of pictures, of uneven length, in colours that the container names."""
+    monkeypatch.setitem(FORMATS, "open", ("mp4", "libx264", {**OPEN, "colorspace": "bt709", "color_range": "tv"}))
+    pts = [40 * i + (17 * i) % 29 for i in range(60)]
+    data = clip("open", pts=pts, draw=scene, size=(96, 64), gop=6)
+    for start in np.linspace(0, 2.0, 23):
+        times = (start, start + 0.2)
+        cut, found = cut_video(data, times, "mp4")
+        assert len(cut) < len(data) / 2
+        assert np.array_equal(decode_video(cut, found, PLAIN, "s"), decode_video(data, times, PLAIN, "s")), start
+
+
+def test_a_clip_stays_whole_where_a_cut_saves_little_or_could_differ() -> None:
+    data = clip(gop=6)
+    assert cut_video(data, (0.1, 2.3), "mp4") == (data, [0.1, 2.3]), "most of it is needed"
+    for name, ext in (("avi", "avi"), ("webm vp9", "mp4"), ("mp4", "webm")):  # no times of frames, another codec
+        one = clip(name, gop=6)
+        cut, found = cut_video(one, (0.5, 0.6), ext)
+        assert np.array_equal(decode_video(cut, found, PLAIN, "s"), decode_video(one, (0.5, 0.6), PLAIN, "s"))
+        assert cut is one or name != "avi"
+    for bad in (b"", b"no clip", data[:1000], data[:-9] + b"x" * 9):
+        cut, found = cut_video(bad, (0.5, 0.6), "mp4")  # what is wrong is said when it is decoded
+        assert cut is bad or np.array_equal(
+            decode_video(cut, found, PLAIN, "s"), decode_video(data, (0.5, 0.6), PLAIN, "s")
+        )
+    assert cut_video(data, (5.0,), "mp4")[0] is data, "behind its end"
 
 
 def scene(i: int) -> np.ndarray:

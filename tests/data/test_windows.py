@@ -17,6 +17,7 @@ from mm.data.packed import PackedDataset, PackedSegment
 from mm.data.sample import Media, Sample, Special, Text, Window, keyed_rng
 from mm.data.takedown import take_down
 from mm.data.tokens import DoesNotFit, SegmentMedia, Unit, join_units, learned_after_media, read_units, window_of
+from mm.data.video import decode_video
 from mm.errors import DataError
 
 END = "<|endofchunk|>"
@@ -294,9 +295,13 @@ def test_clips_of_a_video(
     assert text == f"<s>III[Cut it.{END}]III[Fold it.{END}]III[Bake it.{END}<|im_end|>]"
     dataset = pack(path, tmp_path / "out", layout, source, context_length=128)
     ((_, _, count), _) = segments(dataset)
-    times = [one.plan["times"] for one in dataset.read(0).media][:3]
     middles = np.array([[1, 3, 5], [7, 9, 11], [13, 15, 17]]) / 6
-    assert count == 3 and np.allclose(times, middles)
+    transform = layout.video.transform  # type: ignore[union-attr]
+    for one, times in zip(dataset.read(0).media[:3], middles, strict=True):
+        shown_here = decode_video(one.data, one.plan["times"], transform, "x")
+        assert np.array_equal(shown_here, decode_video(video, times.tolist(), transform, "x"))
+    sizes = [len(one.data) for one in dataset.read(0).media[:3]]
+    assert count == 3 and min(sizes) < len(video) / 2, "parts do not bring all of the video along"
     window = {"window": {"tokens": 40, "media": 2, "before": 0}}
     windows = pack(path, tmp_path / "windows", layout, {**source, **window}, visits=8, context_length=128)
     assert all(count == 2 for _, _, count in segments(windows)) and len(segments(windows)) == 16
