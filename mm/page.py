@@ -93,11 +93,9 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """5025 -> 1 h 24 min; from two days on, days"""
+    """5025 -> 1 h 24 min"""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    if seconds >= 172_800:
-        return f"{seconds / 86400:.0f} days"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -268,8 +268,7 @@ def test_short_numbers(value: float, written: str) -> None:
 
 def test_words_for_numbers() -> None:
     assert percent(0.1837).replace("\u2009", " ") == "18.4 %"
-    seconds = (42, 61, 3599, 5025, 200_000)
-    assert [duration(s) for s in seconds] == ["42 s", "1 min", "1 h 0 min", "1 h 24 min", "2 days"]
+    assert [duration(s) for s in (42, 61, 3599, 5025)] == ["42 s", "1 min", "1 h 0 min", "1 h 24 min"]
 
 
 @pytest.fixture(scope="module")

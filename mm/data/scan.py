@@ -305,7 +305,7 @@ class _Rows:
                     "id": id,
                     "visit": visit,
                     **counts_of(segment),
-                    "media_bytes": sum(one["size"] for one in media),
+                    "media_bytes": round(sum(one.media.size * one.plan.get("part", 1) for one in segment.media)),
                     "ids": segment.ids,
                     "loss": [edge for span in segment.loss for edge in span],
                     "metadata": segment.metadata or [],

@@ -20,7 +20,7 @@ from mm.data.layout import Layout
 from mm.data.limits import Limits
 from mm.data.media import probe_image
 from mm.data.sample import Media, MediaKind, Metadata, Special, Text, Tokens, Turn, Visible, Window
-from mm.data.video import frame_times, probe_video
+from mm.data.video import frame_times, probe_video, share_of
 from mm.errors import DataError
 
 # Where a text may be cut, the best last: before a word, behind a sentence, a line, a paragraph. The end of a match
@@ -35,7 +35,8 @@ class SegmentMedia:
     """Media of one segment: `length` placeholder positions from `position` on; `cost` in encoder tokens.
 
     `plan`: what decoding is held to – `{"samples": n}` of a recording, `{"times": […]}` of a clip's frames, in seconds,
-    with `"part": true` where a part is meant, `{"grid": [rows, columns]}` of a picture in its own aspect ratio.
+    and as `part` about what share of a large file they need, `{"grid": [rows, columns]}` of a picture in its own aspect
+    ratio.
     """
 
     kind: MediaKind
@@ -401,7 +402,9 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
         clip = probe_video(media.open(), where, limits.pixels, limits.seconds)
         times = frame_times(clip, layout.video.frames, media.span, where)
         length, cost = layout.video.count()
-        plan = {"times": [round(time, 6) for time in times], **({"part": True} if media.span else {})}
+        plan = {"times": [round(time, 6) for time in times]}
+        if media.span and (share := share_of(clip, times, media.ext)) < 0.5:
+            plan["part"] = round(share, 3)
         return SegmentMedia(media.kind, 0, length, cost, media, plan)
     raise DataError(f"{where}: the model takes no {media.kind}")
 

@@ -34,19 +34,22 @@ Span = tuple[float, float]
 
 MUXERS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska"}
 """Of containers that say when each frame is shown."""
+CUT = ("h264", "hevc", "vp9", "av1")
+"""Codecs of which each packet is a frame that is shown: VP8 and MPEG-4 have others, too."""
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # and no playlists, which would open other files
 _FRAME_PIXELS = 1 << 25  # 8K; what one frame may cost in memory, many times over in a decoder
 _PACKETS = 1 << 22  # of all streams: four hours at 60 frames/s is 2^20
 _DECODED_PIXELS = 10**11  # minutes of work on one core: 108,000 frames of 720p between keyframe and wanted frame
 _SLACK = 0.01
+_GROUP = 10.0  # seconds between keyframes, at most, of most encoders
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
     """What can be known of a clip without decoding it. Width and height in pixels, as shown (after rotation).
 
-    `frames` is None where the container does not count them.
+    `frames` is None where the container does not count them. `codec` is FFmpeg's name of it.
     """
 
     width: int
@@ -54,6 +57,7 @@ class VideoHeader:
     seconds: float
     frames: int | None
     has_audio: bool
+    codec: str = ""
 
 
 def frame_times(
@@ -107,6 +111,7 @@ def probe_video(file: bytes | BinaryIO, where: str, max_pixels: int, max_seconds
             timeline = _Timeline(container, stream, size, where)
             seconds, frames = timeline.seconds, len(timeline.shown)
         has_audio = bool(container.streams.audio)
+        codec = stream.codec_context.codec.canonical_name
     if not 0 < seconds < math.inf:
         raise DataError(f"{where}: the clip is empty ({seconds:g} s)")
     if seconds > max_seconds:
@@ -114,7 +119,7 @@ def probe_video(file: bytes | BinaryIO, where: str, max_pixels: int, max_seconds
             f"{where}: {seconds:.0f} s of video are more than data.max_seconds = {max_seconds:g}; "
             "leave it out or raise the limit"
         )
-    return VideoHeader(width, height, seconds, frames, has_audio)
+    return VideoHeader(width, height, seconds, frames, has_audio, codec)
 
 
 def decode_video(
@@ -160,38 +165,46 @@ def decode_video(
     return out
 
 
+def share_of(header: VideoHeader, times: Sequence[float], ext: str) -> float:
+    """About what share of a file `cut_video` needs for the frames at `times`; 1 where it leaves the file as it is."""
+    if ext not in MUXERS or header.codec not in CUT:
+        return 1.0
+    return min(1.0, (max(times) - min(times) + _GROUP) / header.seconds)
+
+
 def cut_video(data: bytes, times: Sequence[float], ext: str) -> tuple[bytes, list[float]]:
     """What of a clip the frames at `times` (seconds) need, and the times of these frames in it.
 
     The packets from the keyframe before the first of them to the last, as they are, in a container of the same kind:
     `decode_video` gives the same to the last bit. Sound is left out. The clip itself, where that saves less than half,
-    where the new container says something else of these packets, and where the clip is damaged.
+    where the new container says something else of these packets, and where the clip is damaged. The same bytes
+    whenever it is done with one version of FFmpeg.
     """
     whole = data, [*times]
     if ext not in MUXERS:
         return whole
     try:
         with _open(io.BytesIO(data), "") as container:
-            before = _Timeline(container, _stream(container, ""), len(data), "")
+            stream = _stream(container, "")
+            before = _Timeline(container, stream, len(data), "")
             wanted = [before.shown_at(time) for time in times]
             indices = [before.pts.index(pts) for pts in wanted]
             first = min(before.keyframe(min(wanted)), *indices)
             packets = before.packets[first : max(indices) + 1]
-            if before.in_order or 2 * sum(packet.size for packet in packets) > len(data):
+            known = stream.codec_context.codec.canonical_name in CUT and not before.in_order
+            if not known or 2 * sum(packet.size for packet in packets) > len(data):
                 return whole
             about = _about(container)
             cut = _muxed(packets, MUXERS[ext])
-        if 2 * len(cut) > len(data):
-            return whole
         with _open(io.BytesIO(cut), "") as container:
             after = _Timeline(container, _stream(container, ""), len(cut), "")
-            if about != _about(container) or not _alike(packets, after.packets):
-                return whole
+            alike = about == _about(container) and not after.in_order and _alike(packets, after.packets)
+            places = [after.pts[index - first] for index in indices]
+            found = [(pts - after.shown[0] + 0.5) * after.tick for pts in places]  # half: nothing is rounded down
+            alike = alike and [after.shown_at(time) for time in found] == places
+        return (cut, found) if alike and 2 * len(cut) <= len(data) else whole
     except DataError:
         return whole
-    places = [after.pts[index - first] for index in indices]
-    found = [(pts - after.shown[0] + 0.5) * after.tick for pts in places]  # half a tick: nothing is rounded down
-    return (cut, found) if [after.shown_at(time) for time in found] == places else whole
 
 
 def _muxed(packets: list["av.Packet"], format: str) -> bytes:
@@ -215,13 +228,16 @@ def _about(container: "InputContainer") -> tuple[Any, ...]:
     """What pixels depend on beside packets."""
     context = _stream(container, "").codec_context
     colours = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
-    return _rotation(container), context.name, context.extradata, context.width, context.height, colours
+    shape = (context.width, context.height, context.pix_fmt, bool(context.has_b_frames))
+    return _rotation(container), context.name, context.codec_tag, context.extradata, shape, colours
 
 
 def _alike(packets: list[Any], others: list[Any]) -> bool:
     """The same bytes at the same times from the first one on, with nothing that a decoder is told between packets."""
     told = ("new_extradata", "palette")
     if any(one.pts is None or any(map(one.has_sidedata, told)) for one in packets):
+        return False
+    if len({one.pts for one in packets}) < len(packets):  # two are one frame, or one of them is not shown
         return False
 
     def of(found: list[Any]) -> list[tuple[bytes, Fraction, bool]]:

@@ -120,7 +120,7 @@ def _segment(row: dict[str, Any], files: "_Files") -> Segment:
     for one in row["media"]:
         data = files.read(row["from"], one)
         plan = json.loads(one["plan"]) if one["plan"] else {}
-        if plan.pop("part", False):  # or every part of a long video would bring all of it along
+        if plan.pop("part", None):  # or every part of a long video would bring all of it along
             data, plan["times"] = cut_video(data, plan["times"], one["ext"])
         encoded = Media(one["kind"], data, one["ext"])
         media.append(SegmentMedia(one["kind"], one["position"], one["length"], one["cost"], encoded, plan))

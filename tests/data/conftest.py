@@ -95,11 +95,11 @@ def clip() -> Callable[..., bytes]:
     """An encoded clip of noise, `frames` pictures of 32x16 at `rate` a second."""
     av = pytest.importorskip("av")
 
-    def make(number: int = 0, frames: int = 20, rate: int = 10, format: str = "mp4") -> bytes:
+    def make(number: int = 0, frames: int = 20, rate: int = 10, format: str = "mp4", codec: str = "mpeg4") -> bytes:
         file = io.BytesIO()
         rng = np.random.default_rng(number)
         with av.open(file, "w", format=format) as container:
-            stream = container.add_stream("mpeg4", rate=rate)
+            stream = container.add_stream(codec, rate=rate)
             stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
             for _ in range(frames):
                 noise = rng.integers(0, 256, (16, 32, 3), dtype=np.uint8)

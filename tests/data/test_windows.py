@@ -283,7 +283,7 @@ def test_clips_of_a_video(
 ) -> None:
     """Each is a span of the one video in the time of the stored file, and all text is learned."""
     layout = make_layout(tokens=1, after_media="", frames=3)
-    video = clip(frames=30)  # three seconds of what took fifteen
+    video = clip(frames=300, codec="libx264")  # half a minute of what took five times as long
     spelt = str(CLIPS).replace("'", '"')
     members = {"a": {"mp4": video, "json": {"clips": CLIPS}}, "b": {"mp4": video, "json": {"clips": spelt}}}
     path = write_shard(tmp_path / "clips.tar", members)
