@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from mm.cli import main
-from mm.config import load_config
+from mm.config import json_schema, load_config
+from mm.data.sources import SOURCES
+from mm.models.config import CONNECTORS, SYSTEMS
+from mm.models.teachers.config import TEACHERS
+from mm.train.engines.config import ENGINES
+from mm.train.optim.config import OPTIMIZERS
+from mm.train.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,3 +60,21 @@ def test_the_runs_of_the_page_of_language_models_are_configs() -> None:
     assert heads == [32, 32], "a wider hidden_size alone does not make them wider"
     member, student = (found[name].train for name in ("seed_0", "student"))
     assert (member.epochs, member.optimizer) == (student.epochs, student.optimizer)
+
+
+def test_the_reference_has_a_row_for_every_key() -> None:
+    """All keys are named in it, those of an optimizer or an engine in the first column of its own table."""
+    parts = re.split(r"^#{3,5} ", (ROOT / "docs/configuration.md").read_text(), flags=re.M)[1:]
+    rows = {part.splitlines()[0]: re.findall(r"^\| (`[^|]*) \|", part, re.M) for part in parts}
+    keys = {title: {key for row in found for key in re.findall(r"`([^`]+)`", row)} for title, found in rows.items()}
+    code = re.findall("`[^`\n]+`", "\n".join(parts))
+    anywhere = {word for one in code for word in re.findall(r"\w+", one)} | {"kind"}
+    sections = {name: section.get("properties", {}) for name, section in json_schema()["$defs"].items()}
+    for kinds in (SOURCES, SYSTEMS, CONNECTORS, TEACHERS, ENGINES, OPTIMIZERS, SCHEDULES):
+        sections |= {f"{kinds.what} {kind}": kinds.resolve(kind).model_fields for kind in kinds.names}
+    missing = {name: {*fields} - anywhere for name, fields in sections.items()}
+    assert {name: found for name, found in missing.items() if found} == {}
+    for kinds in (ENGINES, OPTIMIZERS):
+        for kind in kinds.names:
+            fields = kinds.resolve(kind).model_fields.keys() - {"kind"}
+            assert fields <= keys.get(f"{kinds.what}: {kind}", set()), kind
