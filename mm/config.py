@@ -158,7 +158,7 @@ def _problems_of_stages(
     lengths = [run.train.max_steps for run in runs]
     over = spans([stage.counts_on for stage in stages], [length or 0 for length in lengths])
     for run, (_, steps) in zip(runs, over, strict=True):
-        found += contradictions(run, None if None in lengths else steps)
+        found += contradictions(run, None if None in lengths else steps, last=run is runs[-1])
     return found
 
 
@@ -182,10 +182,10 @@ def _not_kept(stage: StageConfig, before: RunConfig, run: RunConfig) -> list[tup
     return found
 
 
-def contradictions(config: RunConfig, steps: int | None = None) -> list[tuple[Keys, str]]:
+def contradictions(config: RunConfig, steps: int | None = None, last: bool = True) -> list[tuple[Keys, str]]:
     """Rules between settings, checked before anything is built: (key path, what is wrong).
 
-    steps: that the schedule is over, where that is known.
+    steps: that the schedule is over, where that is known. last: whether it is the stage that is tested in the end.
     """
     data, train, evaluation = config.data, config.train, config.evaluation
     rows = train.batch_tokens // data.context_length
@@ -236,6 +236,16 @@ def contradictions(config: RunConfig, steps: int | None = None) -> list[tuple[Ke
         "train.engine.expert_parallel",
         f"{over} does not divide the experts of every group ({', '.join(f'{n}: {e}' for n, e in groups.items())})",
     )
+    routing = getattr(config.model, "routing", None)
+    unguided = routing is not None and routing.auxiliary == "none"
+    unguided &= getattr(config.model, "depths", None) is not None or any(one > 1 for one in groups.values())
+    for key, evaluated in (("evaluation.every", evaluation.every > 0), ("data.test", last and bool(data.test))):
+        rule(
+            unguided and evaluated,
+            key,
+            "this model has no auxiliary routers, and nothing is evaluated without them: set model."
+            f"{'experts' if groups else 'depths'}.auxiliary=along, add a stage that trains them, or leave this out",
+        )
     rule(
         config.model.kind == "clip" and getattr(train.engine, "stage", 0) == 3,
         "train.engine.stage",

@@ -219,7 +219,8 @@ def test_a_run_is_estimated(
 THERE = {"around_image": ["<s>", "<|im_end|>"]}
 WRONG: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"experts": {"text": 2}}, (), "the model takes image, and there are no experts for it; add image: 1"),
-    ({"experts": SEVERAL}, ("evaluation.every=2",), "this model has no auxiliary routers"),
+    ({"experts": SEVERAL}, ("evaluation.every=2",), "evaluation.every: this model has no auxiliary routers"),
+    ({"depths": {}}, ("data.test=[{kind: text, path: x}]",), "data.test: this model has no auxiliary routers"),
     ({"code_token": "chameleon", "template": THERE}, (), "there is no token 'IMGIMGAZ'"),
 ]
 
