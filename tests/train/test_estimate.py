@@ -415,7 +415,9 @@ def test_what_optimizers_do_beside_a_step_is_counted_or_said(tiny_config: Callab
 
 
 def test_experts_that_are_divided_over_ranks_are_not_gathered(tiny_config: Callable[..., RunConfig]) -> None:
-    config = tiny_config("model.experts={text: 4, image: 1}", "train.micro_batch=1", "train.batch_tokens=1024")
+    config = tiny_config(
+        "model.experts={text: 4, image: 1}", "data.test=[]", "train.micro_batch=1", "train.batch_tokens=1024"
+    )
     model = traced(config)
 
     def sharded(**engine: Any) -> dict[str, float]:

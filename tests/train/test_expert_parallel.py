@@ -293,7 +293,7 @@ def test_what_a_config_tells_is_refused_before_anything_is_built(tiny_config: Ca
     engine = "train.engine={kind: fsdp, expert_parallel: 2}"
     with pytest.raises(ConfigError, match=r"train.engine.expert_parallel: 2 does not divide .* \(text: 4, image: 3\)"):
         tiny_config("model.experts={text: 4, image: 3}", engine)
-    assert tiny_config("model.experts={text: 4, image: 1}", engine).train.engine.expert_parallel == 2
+    assert tiny_config("model.experts={text: 4, image: 1}", "data.test=[]", engine).train.engine.expert_parallel == 2
 
 
 def refused(model: Any, settings: dict[str, Any]) -> str:
