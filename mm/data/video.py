@@ -194,17 +194,20 @@ def cut_video(data: bytes, times: Sequence[float], ext: str) -> tuple[bytes, lis
             known = stream.codec_context.codec.canonical_name in CUT and not before.in_order
             if not known or 2 * sum(packet.size for packet in packets) > len(data):
                 return whole
-            about = _about(container)
+            abouts = [_about(container)]
             cut = _muxed(packets, MUXERS[ext])
         with _open(io.BytesIO(cut), "") as container:
             after = _Timeline(container, _stream(container, ""), len(cut), "")
-            alike = about == _about(container) and not after.in_order and _alike(packets, after.packets)
-            places = [after.pts[index - first] for index in indices]
-            found = [(pts - after.shown[0] + 0.5) * after.tick for pts in places]  # half: nothing is rounded down
-            alike = alike and [after.shown_at(time) for time in found] == places
-        return (cut, found) if alike and 2 * len(cut) <= len(data) else whole
-    except DataError:
+            abouts.append(_about(container))
+    except DataError:  # damaged, or nothing that such a container takes
         return whole
+    alike = abouts[0] == abouts[1] and not after.in_order and _alike(packets, after.packets)
+    if not alike or 2 * len(cut) > len(data):
+        return whole
+    places = [after.pts[index - first] for index in indices]
+    found = [(pts - after.shown[0] + 0.5) * after.tick for pts in places]  # half a tick: nothing is rounded down
+    within = min(found) >= 0 and max(found) <= after.seconds
+    return (cut, found) if within and [after.shown_at(time) for time in found] == places else whole
 
 
 def _muxed(packets: list["av.Packet"], format: str) -> bytes:
@@ -235,7 +238,9 @@ def _about(container: "InputContainer") -> tuple[Any, ...]:
 def _alike(packets: list[Any], others: list[Any]) -> bool:
     """The same bytes at the same times from the first one on, with nothing that a decoder is told between packets."""
     told = ("new_extradata", "palette")
-    if any(one.pts is None or any(map(one.has_sidedata, told)) for one in packets):
+    if any(one.pts is None for one in (*packets, *others)) or any(
+        one.has_sidedata(it) for one in packets for it in told
+    ):
         return False
     if len({one.pts for one in packets}) < len(packets):  # two are one frame, or one of them is not shown
         return False
