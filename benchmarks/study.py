@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ from mm.train.metrics import read_metrics
 HERE = Path(__file__).parent / "studies"
 Config = dict[str, Any]
 Row = dict[str, Any]
-"""study, run, seed, date, machine, seconds of training, loss_tokens, tokens, steps, and as `result` eval.json and what
-`Run.after` gave."""
+"""study, run, seed, date, machine, seconds of training, `step_seconds` of the median step, which does not know of
+pauses, loss_tokens, tokens, steps, and as `result` eval.json and what `Run.after` gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def train(run: Run, config: Config, folder: Path) -> Row:
         "threads": about["threads"],
         "steps": logged[-1]["step"],
         "seconds": logged[-1]["elapsed"],
+        "step_seconds": round(1 / statistics.median(row["steps_per_second"] for row in logged), 5),
         **{name: logged[-1][name] for name in ("tokens", "loss_tokens") if name in logged[-1]},
         "result": json.loads((folder / "run" / "eval.json").read_text()),
         "curve": [[row["step"], row["elapsed"], row["validation_loss"]] for row in rows if "validation_loss" in row],

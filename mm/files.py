@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ def fsync(path: Path) -> None:
 def atomic(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
     """A file that appears under its name when it has been written to the end and has reached the disk.
 
-    Until then it is in `folder`, or beside its place; what a killed process leaves of it stays there.
+    Until then it is in `folder`, or beside its place; what a killed process leaves of it stays there
+    (`clear_partials`).
     """
     partial = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
     try:
@@ -36,3 +38,11 @@ def atomic(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def clear_partials(path: Path, folder: Path | None = None) -> None:
+    """Remove what killed processes left of a file that `atomic` was to make: what nobody has written to for an hour."""
+    for partial in (folder or path.parent).glob(f".{path.name}.{'[0-9a-f]' * 32}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > 3600:
+                partial.unlink()

@@ -119,6 +119,24 @@ def test_bad_samples_are_left_out_and_counted_when_allowed(
     assert {bad["id"] for bad in json.loads((tmp_path / "run/quarantine.json").read_text())} == {"web/web-000/901"}
 
 
+def test_a_run_that_ended_for_bad_samples_goes_on_without_them(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One more picture is cut than may be: packing does not see it."""
+    cut = picture()[:3000]
+    members = [*good(10), ("901.png", cut), ("901.txt", b"x"), ("902.png", cut), ("902.txt", b"x")]
+    shard = write_tar(tmp_path / "web-000.tar", members)
+    arguments = [
+        "train", str(tiny()), f"data.sources=[{{kind: captions, path: '{shard}', name: web}}]", *NO_TEST,
+        "data.visits=1", f"data.cache={tmp_path / 'cache'}", "data.max_bad_fraction=10%", "train.batch_tokens=128",
+        "train.micro_batch=1", "train.max_steps=12", "train.log_every=1000",
+    ]  # fmt: skip
+    assert "2 of 12 samples are unreadable" in fails(arguments, capsys)
+    found = [one["id"] for one in json.loads((tmp_path / "run/quarantine.json").read_text())]
+    (tmp_path / "skip.txt").write_text("\n".join(found))
+    assert main([*arguments, f"data.skip_ids={tmp_path / 'skip.txt'}", "--resume"]) == 0
+
+
 def test_a_packed_set_of_another_tokenizer_is_refused(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +262,9 @@ def test_a_full_disk_while_packing_is_one_line(
 
     monkeypatch.setattr(prepare, "write_shard", full)
     line = fails(["train", str(tiny()), f"data.cache={tmp_path / 'cache'}"], capsys)
-    assert "the disk is full" in line and not list((tmp_path / "cache").rglob("*.tar"))
+    assert "the disk is full" in line and "--resume" in line and not list((tmp_path / "cache").rglob("*.tar"))
+    line = fails(["pack", str(tiny()), f"data.cache={tmp_path / 'cache'}"], capsys)
+    assert "the disk is full; free some space and run this again" in line
 
 
 def test_torch_and_torchvision_that_do_not_fit_are_recognised() -> None:

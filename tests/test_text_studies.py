@@ -13,6 +13,7 @@ from benchmarks import texts
 from benchmarks.studies import continual, infinite_compute, meco, moma, optimizers, pcfg
 from benchmarks.study import Row, Study
 from mm.config import RunConfig, load_config
+from mm.train.trainer import Trainer, Unwatched
 
 STUDIES = {one.STUDY.name: one.STUDY for one in (continual, infinite_compute, meco, optimizers, pcfg)}
 
@@ -48,6 +49,38 @@ def test_documents_are_held_out_by_their_ids(corpora: Path) -> None:
     assert all(ids.values())
 
 
+def test_who_is_held_out_is_drawn_from_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they stand, a beginning of each, until there is enough."""
+    monkeypatch.setattr(texts, "BEGINNING", 10)
+    documents = [{"id": f"x/{n}", "text": f"{n:04d}" * 5} for n in range(1000)]
+    found = [*texts.beginnings(documents, 195)]
+    assert [len(one["text"]) for one in found] == [10] * 19 + [5]
+    numbers = [int(one["text"][:4]) for one in found]
+    assert min(numbers) < 200 and max(numbers) > 800 and numbers != sorted(numbers)
+    assert [*texts.beginnings(documents[::-1], 195)] == found
+
+
+@pytest.mark.parametrize("arm", ["union", "infinite"])
+def test_domains_are_measured_with_stages_and_without(arm: str, corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, steps in (("STEPS", 2), ("WARMUP", 1), ("ANNEAL", 1)):
+        monkeypatch.setattr(continual, name, steps)
+    schedule = {"kind": "constant", "warmup": 0}
+    monkeypatch.setattr(continual, "SCHEDULES", {"cosine": schedule, "infinite": schedule})
+    monkeypatch.setattr(texts, "CONTEXT", 64)
+    tiny = texts.model(32, 1)
+    monkeypatch.setattr(texts, "model", lambda *_: tiny)
+    config = {**continual.config(arm, 1e-3, 0.25), "seed": 0, "out": str(corpora / "run")}
+    config["data"]["cache"] = str(corpora / "cache")
+    for stage in config.get("stages", []):
+        stage["data"]["cache"] = str(corpora / "cache")
+    (corpora / "study.yaml").write_text(yaml.safe_dump(config))
+    Trainer(load_config(corpora / "study.yaml"), Unwatched()).run()
+    stages = continual.measured(corpora)["stages"]
+    assert [{*one} for one in stages] == [{*continual.DOMAINS}] * 3
+    result = json.loads((corpora / "run/eval.json").read_text())
+    assert stages[-1] == pytest.approx({name: result[f"test_loss/{name}"] for name in continual.DOMAINS}, rel=1e-5)
+
+
 def fake_rows(study: Study, corpora: Path) -> list[Row]:
     """A row for every run, in order, each config written, read and checked with the rows before it."""
     rows: list[Row] = []
@@ -74,8 +107,8 @@ def fake_rows(study: Study, corpora: Path) -> list[Row]:
         }
         rows.append(
             {
-                "run": run.name, "seed": run.seed, "steps": steps, "seconds": 300.0 + len(rows), "loss_tokens": 4e6,
-                "curve": curve, "result": result,
+                "run": run.name, "seed": run.seed, "steps": steps, "seconds": 300.0 + len(rows),
+                "step_seconds": 0.3 + 0.001 * len(rows), "loss_tokens": 4e6, "curve": curve, "result": result,
             }
         )  # fmt: skip
     return rows

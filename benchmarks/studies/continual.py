@@ -35,11 +35,11 @@ from mm.data.prepare import open_splits
 from mm.hub import load
 
 DOMAINS = ("dictionary", "kernel-docs", "scripture")
-STEPS, WARMUP, ANNEAL = 200, 4, 60
+STEPS, WARMUP, ANNEAL = 160, 4, 48
 CONSTANT, FINAL = 0.375, 0.1
 RATES = (2e-3, 4e-3, 8e-3)
 REPLAY = (0.0, 0.05, 0.25)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"kind": "cosine", "warmup": WARMUP, "final": FINAL},
     "infinite": {
@@ -66,8 +66,10 @@ def config(arm: str, rate: float, replay: float) -> Config:
     base = {
         "data": data(dict.fromkeys(DOMAINS, 1 / 3)),
         "model": texts.model(128, 4),
-        "train": texts.training(3 * STEPS, rate, schedule=SCHEDULES.get(arm, SCHEDULES["cosine"]), keep_every=STEPS),
-        "evaluation": {"every": 100},
+        "train": texts.training(
+            3 * STEPS, rate, schedule=SCHEDULES.get(arm, SCHEDULES["cosine"]), save_every=STEPS, keep_every=STEPS
+        ),
+        "evaluation": {"every": STEPS},
     }
     if arm == "union":
         return base

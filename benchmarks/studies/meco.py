@@ -33,7 +33,7 @@ from mm.data.prepare import pack_split
 from mm.evals.conditioned import CONDITIONS, conditioned_losses
 from mm.hub import load
 
-STEPS, COOL = 900, 100
+STEPS, COOL = 720, 80
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1)
 METADATA = {"field": "url"}

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if args.debug:
             raise
-        return fail(args, explain_os_error(error), 2)
+        return fail(args, explain_os_error(error, args.command), 2)
     except Exception as error:
         if args.debug:
             raise
@@ -68,10 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     return int(args.status)
 
 
-def explain_os_error(error: OSError) -> str:
+def explain_os_error(error: OSError, command: str) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}the disk is full; checkpoints saved before are whole: free some space and go on with --resume"
+        train = "checkpoints saved before are whole: free some space and go on with --resume"
+        return f"{where}the disk is full; {train if command == 'train' else 'free some space and run this again'}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}no permission to write or read there; choose another folder (out=DIR, data.cache=DIR)"
     return f"{where}{error.strerror or error}"

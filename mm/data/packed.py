@@ -213,12 +213,24 @@ class Reader:
     def bytes_at(self, place: dict[str, Any]) -> bytes:
         """What a place holds. Raises `DataError` unless that is what was written."""
         pack, path = place["pack"], self.folder / place["shard"]
-        data = read_range(self.file(place["shard"]), place["offset"], place["length"])
+        data = self._range(place)
         if len(data) != place["length"]:
             raise DataError(f"{path}: truncated: pack {pack} is not all there; {self.remedy}")
         if checksum(data) != place["checksum"]:
             raise DataError(f"{path}: pack {pack} is damaged (its checksum differs); {self.remedy}")
         return data
+
+    def _range(self, place: dict[str, Any]) -> bytes:
+        """On a network disk an open file may go stale, so what fails is tried once more from the beginning."""
+        shard = place["shard"]
+        try:
+            return read_range(self.file(shard), place["offset"], place["length"])
+        except OSError:
+            self._files.close()
+        try:
+            return read_range(self.file(shard), place["offset"], place["length"])
+        except OSError as error:
+            raise DataError(f"{self.folder / shard}: cannot be read ({error.strerror})") from None
 
     def file(self, shard: str) -> IO[bytes]:
         """An open file of the folder."""

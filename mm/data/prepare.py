@@ -36,7 +36,7 @@ from mm.data.shards import Stale
 from mm.data.sources import Source
 from mm.data.write import PLAN_ROWS, Scanned, is_written, join_parts, write_shard
 from mm.errors import DataError
-from mm.files import atomic, fsync
+from mm.files import atomic, clear_partials, fsync
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -141,6 +141,8 @@ class PackJob:
         source = self.sources[which]
         known = self.identities[number]
         with self.cache.fetch(url, known) if is_remote(url) else contextlib.nullcontext(Path(url)) as local:
+            for kind in (".arrow", ".media", ".json"):
+                clear_partials(self._scan_path(number).with_suffix(kind))
             stays = not is_remote(url) and local.suffix == ".tar" and local.is_file() and not _is_gzip(local)
             scan_shard(
                 self._scan_path(number), source, local, source.shard_name(url), stays, self.layout, self.settings,

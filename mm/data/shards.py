@@ -124,14 +124,14 @@ class Placed:
                 if os.fstat(file.fileno()).st_mtime_ns != self.modified:
                     raise Stale(f"{self.path}: was changed after it had been scanned; pack the data set again")
                 return Extent(file, self.path, self.offset, self.size).read()
-        except OSError as error:
-            raise Stale(f"{self.path}: can no longer be read ({error.strerror}); pack the data set again") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise Stale(f"{self.path}: is no longer there; pack the data set again") from None
 
     def open(self) -> BinaryIO:
-        """Raises `DataError` where it cannot be."""
+        """Raises `DataError` where it is not there; that a disk fails is no fault of the sample."""
         try:
             handle = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.path}: {error.strerror}") from None
         return io.BufferedReader(_View(handle, self.offset, self.size, owned=True), 4096)
 

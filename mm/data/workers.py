@@ -130,7 +130,7 @@ class _Worker:
         except (EOFError, OSError):
             self._died()
         if isinstance(made, str):
-            raise RuntimeError(f"in a worker:\n{made}")
+            raise RuntimeError(f"{made.strip().splitlines()[-1]}, in a data worker:\n{made}")
         if isinstance(made, DataError):
             return number, made
         block, dropped, places, rows = made

@@ -26,7 +26,7 @@ from mm.data.shards import Placed
 from mm.data.tokens import Segment, SegmentMedia
 from mm.data.video import cut_video
 from mm.errors import DataError
-from mm.files import atomic
+from mm.files import atomic, clear_partials
 
 PLAN_ROWS = pa.schema(
     [
@@ -57,6 +57,7 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
     name = f"packs-{number:06d}.tar"
     rows = _rows(Plan.read(work / "plan.arrow").of_shard(number), scanned)
     entries: list[dict[str, Any]] = []
+    clear_partials(work / "out" / name, work / "parts")
     with contextlib.closing(_Files(scanned)) as files, atomic(work / "out" / name, work / "parts") as file:
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for pack, found in groupby(rows, key=lambda row: row["pack"]):

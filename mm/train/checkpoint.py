@@ -14,8 +14,11 @@ import json
 import platform
 import shutil
 import time
+import uuid
 import warnings
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ from mm.train.storage import Reader, Writer
 
 FORMAT_VERSION = 4
 PREFIX = "step-"
+TRIES, PATIENCE = 5, 60
+"""So many saves in a row may fail, and one that did is tried again after so many seconds: a disk that was full may be
+so no longer."""
 
 # Said at each save and load of one process. A filter for the time of a call would not hold: they run in two threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -133,10 +139,19 @@ class Checkpoints:
         keep_every: and those whose step is a multiple of this (0: none), and the best.
         asynchronous: Write from a copy in host memory, as large as this rank's parts, while training goes on.
         ranks, rank: Of the run. More than one need `torch.distributed`, and talk over a gloo group of their own.
+        timeout: Seconds that a rank waits for the others.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, keep_every: int = 0, asynchronous: bool = True, ranks: int = 1, rank: int = 0
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        ranks: int = 1,
+        rank: int = 0,
+        timeout: float = 1800,
     ) -> None:
         self.folder = folder
         self.keep, self.keep_every = keep, keep_every
@@ -148,9 +163,15 @@ class Checkpoints:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(folder)
-        self._group = dist.new_group(backend="gloo") if ranks > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if ranks > 1 else None
+        self._failures = 0
+        """Saves in a row that failed."""
+        self._failed_at: float | None = None
+        """When that was seen of the last one."""
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False) -> None:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False
+    ) -> BaseException | None:
         """Write `step-NNNNNNNN`; when asynchronous, this returns as soon as a copy of the tensors is made.
 
         Args:
@@ -158,22 +179,50 @@ class Checkpoints:
             state: JSON for rank 0 to store beside them.
             best: Let `best` name this one.
 
+        Returns:
+            Why the save before this one failed, if it did. This one is tried all the same.
+
         Raises:
             OSError, CheckpointError: What writing raised, on any rank, is raised on every rank: at once, or, when
-                asynchronous, by the next `save` or `wait`. The checkpoints before it are untouched.
+                asynchronous, by `wait`, or by the next `save` if `TRIES` in a row have failed. The checkpoints before
+                it are untouched.
         """
-        self.wait()
+        failure = self._ended()
+        if failure is not None and self._failures >= TRIES:
+            raise failure
         about = {"format_version": FORMAT_VERSION, "step": step, "ranks": self.ranks, **json.loads(json.dumps(state))}
         staged = self._stage(tensors)
         self._writing = self._thread.submit(self._write, self.folder / f"{PREFIX}{step:08d}", staged, about, best)
         if not self.asynchronous:
             self.wait()
+        return failure
+
+    def to_be_repeated(self) -> bool:
+        """Whether this rank has known for `PATIENCE` seconds that the last save failed."""
+        if self._writing is None or not self._writing.done() or self._writing.exception() is None:
+            return False
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        return time.monotonic() - self._failed_at >= PATIENCE
 
     def wait(self) -> None:
         """Return when the last save is on the disk, and raise what it raised."""
+        if (failure := self._ended()) is not None:
+            raise failure
+
+    def settle(self, seconds: float) -> None:
+        """Let a save that is under way come to its end, if it does so in this time."""
         if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+            futures.wait([self._writing], seconds)
+
+    def _ended(self) -> BaseException | None:
+        """What the last save raised, when it has come to its end."""
+        if self._writing is None:
+            return None
+        writing, self._writing, self._failed_at = self._writing, None, None
+        failure = writing.exception()
+        self._failures = 0 if failure is None else self._failures + 1
+        return failure
 
     def close(self) -> None:
         """`wait`, and end the thread and the group that were made for writing."""
@@ -204,8 +253,8 @@ class Checkpoints:
             staged[name] = part
         if self.asynchronous:
             self._copies = staged
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
+                torch.accelerator.synchronize(device)
         return staged
 
     def _write(self, final: Path, tensors: dict[str, Tensor], about: dict[str, Any], best: bool) -> None:
@@ -257,15 +306,20 @@ def clear_leftovers(folder: Path) -> None:
         if (left / "state.json").is_file() and not final.exists():
             left.rename(final)
     for left in folder.glob(".*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: a checkpoint that is half removed must not be taken for a whole one."""
-    gone = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.rename(gone)
-    shutil.rmtree(gone)
+    """Under another name first: a checkpoint that is half removed must not be taken for a whole one.
+
+    Files that somebody has open stay on some network disks, which is no reason to fail: they go with the next one.
+    """
+    checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex}.removed"))
+    for gone in checkpoint.parent.glob(f".{PREFIX}*.removed"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _cause(error: CheckpointException) -> BaseException:

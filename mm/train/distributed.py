@@ -44,6 +44,8 @@ class World:
     control: Any = None
     """A gloo group for numbers in host memory."""
     watch: "Watch | None" = None
+    cuda: bool = False
+    """Whether the process group is one of GPUs."""
 
     @classmethod
     def from_environment(cls) -> "World":
@@ -103,10 +105,11 @@ class World:
 
     def start(self, device: torch.device, timeout: float, group: bool) -> None:
         """Make the process group; of a single process only where an engine needs a `group`."""
-        if self.ranks == 1 and not group:
-            return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if self.ranks == 1 and not group:
+            return
+        self.cuda = device.type == "cuda"
         store = self.store if self.store is not None else dist.HashStore()
         limit = timedelta(seconds=timeout)
         dist.init_process_group(
@@ -120,8 +123,14 @@ class World:
         if self.ranks > 1:
             self.watch = Watch(self, timeout)
 
-    def stop(self) -> None:
-        """End the watch and the process group."""
+    def stop(self, failed: bool = False) -> None:
+        """End the watch and the process group.
+
+        Where this process has `failed` others may be in the middle of a collective, and on GPUs the end of the group
+        would wait for them: it is left to the end of the process, and the watch to see to it that this comes.
+        """
+        if failed and self.cuda and self.ranks > 1:
+            return
         if self.watch is not None:
             self.watch.stop()
             self.watch = None

@@ -195,13 +195,18 @@ class Throughput:
         finally:
             self._excluded += time.perf_counter() - start
 
+    @property
+    def seconds(self) -> float:
+        """Of training, since it was last read."""
+        return max(time.perf_counter() - self._start - self._excluded, 1e-9)
+
     def read(self) -> dict[str, float]:
         """What goes into a row of metrics.jsonl, and `seconds`, the training time behind it. Starts anew.
 
         `data_wait` is a share of that time. `memory_gb` (10^9 bytes) is the peak of what tensors take on the GPU, and
         `host_memory_gb` that of this process; without a GPU, `memory_gb` is the latter. Peaks are over the whole run.
         """
-        seconds = max(time.perf_counter() - self._start - self._excluded, 1e-9)
+        seconds = self.seconds
         row = {
             "tokens_per_second": round(self._tokens / seconds, 1),
             "loss_tokens_per_second": round(self._loss_tokens / seconds, 1),

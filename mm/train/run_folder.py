@@ -4,10 +4,14 @@
 `eval.json`, `samples.json` and `samples/`. Rank 0 writes.
 """
 
+import errno
+import fcntl
 import json
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,7 +37,7 @@ OTHER_DATA = ("data", "train.batch_tokens")
 # What a run that has not begun to train may have left in its folder.
 FILES = {
     "config.yaml", "data.json", "run.json", "metrics.jsonl", "guard.jsonl", "tensorboard", "checkpoints",
-    "profile", "wandb",
+    "profile", "wandb", "quarantine.json", "lock",
 }  # fmt: skip
 
 
@@ -43,6 +47,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock: IO[str] | None = None
 
     def open(self, config: Run, resume: bool) -> Path | None:
         """Refuse a folder with another run in it; returns the checkpoint to go on from, if any: the newest, or
@@ -50,22 +55,49 @@ class RunFolder:
 
         A run that never got to a logged step or a checkpoint is none: its folder is simply used again.
         """
-        checkpoint.clear_leftovers(self.checkpoints)
-        newest = checkpoint.newest(self.checkpoints)
-        begun = newest is not None or bool(read_metrics(self.path / "metrics.jsonl"))
-        if begun:
-            if not resume:
-                raise ConfigError(
-                    f"{self.path}: holds a run already; go on with --resume, or choose another with out=DIR"
-                )
-            self._check_same_run(config)
-        elif self.path.is_dir() and any(path.name.removeprefix(".") not in FILES for path in self.path.iterdir()):
+        if self._begun() and not resume:
+            raise ConfigError(f"{self.path}: holds a run already; go on with --resume, or choose another with out=DIR")
+        strange = self.path.is_dir() and any(one.name.removeprefix(".") not in FILES for one in self.path.iterdir())
+        if strange and not self._begun():
             raise ConfigError(f"{self.path}: is not empty and not a run; choose another folder with out=DIR")
-        start = newest
-        if newest is None and config.train.branch is not None:
-            start = self._branching_off(config, self.branch_point(config) if begun else None)
         self.path.mkdir(parents=True, exist_ok=True)
-        return start
+        self._take()
+        checkpoint.clear_leftovers(self.checkpoints)
+        newest, begun = checkpoint.newest(self.checkpoints), self._begun()
+        if begun:
+            self._check_same_run(config)
+        if newest is None and config.train.branch is not None:
+            return self._branching_off(config, self.branch_point(config) if begun else None)
+        return newest
+
+    def _begun(self) -> bool:
+        return checkpoint.newest(self.checkpoints) is not None or bool(read_metrics(self.path / "metrics.jsonl"))
+
+    def _take(self) -> None:
+        """Refuse a folder that another process is training in. A process that ends, however it does, lets go of it."""
+        lock = open(self.path / ".lock", "a+")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            who = lock.read().strip()
+            lock.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a disk without locks
+            raise ConfigError(
+                f"{self.path}: {who or 'another process'} is training in it; wait for it to end, or choose another "
+                "folder with out=DIR"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
+
+    def let_go(self) -> None:
+        """Another process may train in it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def branch_point(self, config: Run) -> dict[str, Any] | None:
         """Where a run branched off: `checkpoint`, `step`, `stage`, `stage_step`; as written when it was begun."""

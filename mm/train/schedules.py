@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mm.settings import Count, Kinds, KindSection, Number, Section
+from mm.settings import Count, Kinds, KindSection, Number, Section, parse_number
 
 Form = Callable[[float, float, float], float]
 """(begin, end, progress from 0 to 1) -> factor. At 0 it is `begin`, at 1 `end`, to the last bit."""
@@ -101,6 +101,14 @@ class ScheduleConfig(KindSection):
     """Steps, or a share of all steps when below 1 (`3%`)."""
     start: Number = Field(default=0.0, ge=0, le=1)
     """The factor that the warm-up rises from."""
+
+    @field_validator("warmup", "decay", "cooldown", mode="before", check_fields=False)
+    @classmethod
+    def _shares_are_below_all(cls, value: Any) -> Any:
+        """A number from 1 on is one of steps, so `100%` would be a single one."""
+        if isinstance(value, str) and value.strip().endswith("%") and parse_number(value) >= 1:
+            raise ValueError(f"{value} of all steps: give less, or a number of steps")
+        return value
 
     def phases(self, steps: int) -> list[Phase]:
         """Of a run of so many steps; none of them is empty."""

@@ -116,6 +116,8 @@ def _open(
                 require_any(dataset, role)
     if config.evaluation.every and "validation" not in splits:
         raise ConfigError(f"evaluation.every: {data.packed} has no validation split; set evaluation.every=0")
+    if train.best and not config.evaluation.every:
+        raise ConfigError("train.best: nothing is evaluated; set evaluation.every")
     _check_named(config, list(splits["train"].about["ledger"]))
     loader = PackedLoader(
         splits["train"],

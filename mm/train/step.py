@@ -243,7 +243,7 @@ class Stepper:
                 add("weight", name, number.to(value))
             if len(self.sources) > 1 and output.rows:
                 rows = next(iter(output.rows.values()))
-                numbers = _numbers(batch, self.sources).to(rows.device)
+                numbers = _numbers(batch, self.sources).to(rows.device, non_blocking=True)
                 add("source", "", rows.new_zeros(len(self.sources)).index_add_(0, numbers, rows))
         flat = torch.cat([torch.zeros(0, device=self.device), *(value.reshape(-1).float() for value in sums.values())])
         parts = self.world.sum_tensor(flat).split([value.numel() for value in sums.values()])

@@ -7,6 +7,7 @@ process runs this same loop; what they have to agree on (counts, a signal, damag
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -46,6 +47,9 @@ from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
 from mm.train.stages import Stage, check_rates, initial_tensors, open_stages, take_over, trained_system
 from mm.train.step import Counted, Done, Stepper, count, counted
+
+SETTLE = 60
+"""Seconds that a run which fails waits for a checkpoint that is being written."""
 
 
 class Watcher(Protocol):
@@ -147,9 +151,10 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         check_trackers(train.trackers)
         engine: SingleEngine = train.engine.build(self.world, train)
-        newest, self.stages = self.world.in_turn(lambda: self._prepare(resume, engine.device.type == "cuda"))
-        self.world.start(engine.device, train.hang_timeout, engine.group)
+        failed = True
         try:
+            newest, self.stages = self.world.in_turn(lambda: self._prepare(resume, engine.device.type == "cuda"))
+            self.world.start(engine.device, train.hang_timeout, engine.group)
             newest = self.world.gather(newest)[0]
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -158,11 +163,22 @@ class Trainer:
                 asynchronous=train.async_save,
                 ranks=self.world.ranks,
                 rank=self.world.rank,
+                timeout=train.hang_timeout,
             )
             with self._signals():
-                return self._run(newest)
+                try:
+                    result = self._run(newest)
+                except Exception:
+                    self.checkpoints.settle(SETTLE)
+                    raise
+            failed = False
+            return result
+        except Interrupted:
+            failed = False
+            raise
         finally:
-            self.world.stop()
+            self.world.stop(failed)
+            self.folder.let_go()
 
     def _prepare(self, resume: bool, pin_memory: bool) -> tuple[Path | None, list[Stage]]:
         """Everything that is checked and packed before processes meet; rank 0 comes here first."""
@@ -332,11 +348,13 @@ class Trainer:
         timer = Throughput(self.engine.device, peak and peak * self.world.ranks)
         flops = self._flops_per_token(stage) if peak and self.world.main else 0.0
         steps = stage.loader.steps(stage.steps - self.progress.stage_step)
+        self._timer = timer
         try:
             with Profiler(train.profile, self.out / "profile", self.world.rank) as profiler:
                 while self.progress.stage_step < stage.steps:
                     with timer.excluded():
                         profiler.step(self.progress.step + 1)
+                    self._behind = stage.loader.state_dict()
                     with timer.waiting():
                         batches, error = self._next(steps)
                     totals = self._agree(stage, batches, error)
@@ -374,9 +392,13 @@ class Trainer:
         row = self._row(stage, totals, done, lr)
         best = False
         if evaluated:
-            with timer.excluded():
-                row |= self._validate(stage)
-            best = self._is_best(row, stage)
+            try:
+                with timer.excluded():
+                    row |= self._validate(stage)
+                best = self._is_best(row, stage)
+            except MMError:
+                self._save_before_leaving(stage)
+                raise
             self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
             last = last or self.progress.ended
         if last or evaluated or _due(step, train.log_every):
@@ -393,27 +415,31 @@ class Trainer:
             raise Interrupted(self._resume_hint(), self._stopping)
         return last
 
-    def _next(self, steps: Iterator[list[PackedBatch]]) -> tuple[list[PackedBatch], DataError | None]:
+    def _next(self, steps: Iterator[list[PackedBatch]]) -> tuple[list[PackedBatch], Exception | None]:
         """The micro-batches of a step; none at the end of the data, or with the reason why they cannot be read."""
         self.world.at(self.progress.step + 1, "waiting for data")
         try:
             return next(steps, []), None
-        except DataError as error:
+        except Exception as error:  # of whatever kind: the model is as good as it was
             return [], error
 
-    def _agree(self, stage: Stage, batches: list[PackedBatch], error: DataError | None) -> Counted:
-        """The step's counts over all ranks, and whether a rank was told to stop or cannot read its data."""
+    def _agree(self, stage: Stage, batches: list[PackedBatch], error: Exception | None) -> Counted:
+        """The step's counts over all ranks, and whether a rank was told to stop, cannot read its data or wants the
+        last checkpoint to be written again."""
         self.world.at(self.progress.step + 1, "counting")
         bad = [[id, reason] for batch in batches for id, reason in batch.bad]
         own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
-        own += [float(error is not None), float(len(bad)), *count(self.system, batches, self.stepper.sources)]
-        interrupt, terminate, failed, damaged, *values = self.world.sum(own)
+        own += [float(error is not None), float(len(bad)), float(self.checkpoints.to_be_repeated())]
+        own += count(self.system, batches, self.stepper.sources)
+        interrupt, terminate, failed, damaged, unsaved, *values = self.world.sum(own)
         if interrupt or terminate:
             self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
         if failed:
             # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
-            self._save_before_leaving(stage)
+            self._save_before_leaving(stage, self._behind)
             raise error or RankFailed("another rank cannot read its data")
+        if unsaved:
+            self._save(stage, loader=self._behind)
         if damaged:
             self._check_bad(stage, [one for rank in self.world.gather(bad) for one in rank])
         self.world.at(self.progress.step + 1, "computing")
@@ -425,10 +451,10 @@ class Trainer:
         if self.world.main:
             rows = [{"id": id, "reason": reason} for id, reason in self.progress.bad]
             self.folder.write_json("quarantine.json", rows)
-        seen = {id for id, _ in self.progress.bad}
+        seen = {id for id, _ in self.progress.bad} - stage.splits["train"].dropped
         total = sum(counts["segments"] for counts in stage.splits["train"].about["ledger"].values())
         if len(seen) > stage.config.data.max_bad_fraction * total:
-            self._save_before_leaving(stage)
+            self._save_before_leaving(stage, self._behind)
             raise DataError(
                 f"{len(seen)} of {total} samples are unreadable, more than data.max_bad_fraction = "
                 f"{stage.config.data.max_bad_fraction:g}; see {self.out / 'quarantine.json'}; the latest: {new[-1][1]}"
@@ -555,10 +581,20 @@ class Trainer:
         data, rows = stage.config.data, stage.config.evaluation.micro_batch
         quarantine = data.max_bad_fraction > 0
         world = self.world
-        for batch in one_pass(
+        batches = one_pass(
             stage.splits[split], stage.layout, rows, data.isolate_segments, quarantine, world.rank, world.ranks
-        ):
+        )
+        while True:
             world.at(self.progress.step, "evaluating")
+            batch, error = None, None
+            try:
+                batch = next(batches, None)
+            except DataError as damaged:
+                error = damaged
+            if world.sum([float(error is not None)])[0]:  # all have as many batches, and leave together
+                raise error or RankFailed(f"another rank cannot read its data of the {split} split")
+            if batch is None:
+                return
             yield batch
 
     def _averaged(self) -> Any:
@@ -571,16 +607,19 @@ class Trainer:
         if best.metric not in row:
             raise ConfigError(f"train.best.metric {best.metric}: not measured; there is {', '.join(sorted(row))}")
         value, before = row[best.metric], self.progress.best
-        better = before is None or (value < before if best.better == "lower" else value > before)
+        better = math.isfinite(value) and (
+            before is None or (value < before if best.better == "lower" else value > before)
+        )
         self.progress.best, self.progress.stale = (value, 0) if better else (before, self.progress.stale + 1)
         return better
 
-    def _save(self, stage: Stage, best: bool = False) -> None:
+    def _save(self, stage: Stage, best: bool = False, loader: dict[str, Any] | None = None) -> None:
+        """`loader`: its state, where that is not the present one."""
         self.world.at(self.progress.step, "saving")
         state = {
-            "progress": asdict(self.progress),
+            "progress": {**asdict(self.progress), "seconds": self.progress.seconds + self._timer.seconds},
             "schedule": [stage.schedule_first, stage.schedule_steps],
-            "loader": stage.loader.state_dict(),
+            "loader": stage.loader.state_dict() if loader is None else loader,
             "guard": self.guard.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "engine": self.engine.kind,
@@ -589,12 +628,14 @@ class Trainer:
         tensors = {**self.engine.tensors(), **(self.ema.tensors() if self.ema else {})}
         if self.aside and self.world.main:
             tensors |= self.aside.tensors()
-        self.checkpoints.save(self.progress.step, tensors, state, best)
+        failure = self.checkpoints.save(self.progress.step, tensors, state, best)
+        if failure is not None:
+            self.watcher.event(f"the checkpoint before could not be written ({failure}); trying this one")
         self.world.at(self.progress.step, "saved")
 
-    def _save_before_leaving(self, stage: Stage) -> None:
+    def _save_before_leaving(self, stage: Stage, loader: dict[str, Any] | None = None) -> None:
         if self.progress.stage_step:
-            self._save(stage)
+            self._save(stage, loader=loader)
             self.checkpoints.wait()
 
     def _finish(self, stage: Stage) -> dict[str, Any]:

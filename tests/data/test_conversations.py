@@ -426,7 +426,7 @@ def test_pictures_are_not_copied_to_be_packed(
     with pytest.raises(DataError, match="was changed after it had been scanned"):
         placed.read()
     Path(one["file"]).unlink()
-    with pytest.raises(DataError, match="can no longer be read"):
+    with pytest.raises(DataError, match="is no longer there"):
         placed.read()
 
 

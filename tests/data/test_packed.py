@@ -153,6 +153,27 @@ def test_reads_that_come_in_parts(
     assert all(equal(again.read(number), packed.read(number)) for number in range(len(packed)))
 
 
+def test_a_file_that_a_disk_lost_track_of_is_opened_again(
+    packed: PackedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = PackedDataset(packed.folder).reader
+    place = packed.place(0)
+    expected = reader.bytes_at(place)
+    pread, lost = os.pread, [os.fstat(reader.file(place["shard"]).fileno()).st_ino, 1]
+
+    def stale(handle: int, *args: int) -> bytes:
+        if os.fstat(handle).st_ino == lost[0] and lost[1]:
+            lost[1] -= 1
+            raise OSError(116, "Stale file handle")
+        return pread(handle, *args)
+
+    monkeypatch.setattr(os, "pread", stale)
+    assert reader.bytes_at(place) == expected and not lost[1]
+    lost[1] = 2
+    with pytest.raises(DataError, match=r"packs-000000.tar: cannot be read \(Stale file handle\)"):
+        reader.bytes_at(place)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

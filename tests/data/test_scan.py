@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mm.data.shards import stem
 from mm.data.sources import Source, SourceConfig
 from mm.data.tokens import make_segment
 from mm.errors import DataError
-from mm.files import atomic
+from mm.files import atomic, clear_partials
 
 SETTINGS = PackSettings(64, {}, 1, 0, "error", 0.0, Limits())
 
@@ -48,6 +49,15 @@ def scan(tmp_path: Path, layout: Layout) -> Callable[..., Scan]:
         return Scan(out)
 
     return run
+
+
+def test_what_a_killed_process_left_goes_when_nobody_writes_to_it(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".a.arrow.{digit * 32}" for digit in "12")
+    for path in (old, new, tmp_path / ".aa.arrow.x", tmp_path / "a.arrow"):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    clear_partials(tmp_path / "a.arrow")
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, ".aa.arrow.x", "a.arrow"}
 
 
 def rows(found: Scan) -> list[dict[str, Any]]:

@@ -305,6 +305,47 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, asynchrono
     assert [path.name for path in complete(tmp_path)] == ["step-00000003"]
 
 
+def test_a_save_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever asks, after a while; and by the next one, until too many in a row have failed."""
+    tensors = {"model.a": torch.ones(3)}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    commit = Checkpoints._commit
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_commit", full)
+    assert checkpoints.save(1, tensors, {}) is None
+    checkpoints.settle(60)
+    assert not checkpoints.to_be_repeated()
+    monkeypatch.setattr("mm.train.checkpoint.PATIENCE", 0)
+    assert checkpoints.to_be_repeated()
+    for step in range(2, 6):
+        assert isinstance(checkpoints.save(step, tensors, {}), OSError)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(6, tensors, {})
+    monkeypatch.setattr(Checkpoints, "_commit", commit)
+    assert checkpoints.save(7, tensors, {}) is None
+    checkpoints.settle(60)
+    assert not checkpoints.to_be_repeated() and checkpoints.save(8, tensors, {}) is None
+    checkpoints.close()
+    assert [path.name for path in complete(tmp_path)] == ["step-00000008"]
+
+
+def test_an_old_checkpoint_that_somebody_reads_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network disks keep the files that are open, and the folder with them."""
+    monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, {"model.a": torch.ones(3)}, {})
+        checkpoints.wait()
+    assert [path.name for path in complete(tmp_path)] == ["step-00000002"]
+    monkeypatch.undo()
+    checkpoints.save(3, {"model.a": torch.ones(3)}, {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     save_one(tmp_path, 1)
     checkpoint = tmp_path / "step-00000001"

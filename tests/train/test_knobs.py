@@ -1,6 +1,7 @@
 """Settings of a run, through the whole trainer: each does what it says, and such a run resumes as if never stopped."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def test_the_best_is_kept_and_the_run_ends_when_nothing_gets_better(tiny_config:
     assert losses(trainer.out) == before  # ended is ended
     with pytest.raises(ConfigError, match=r"train\.best\.metric bleu: not measured; there is .*validation_loss"):
         run(tiny_config("data.test=[]", "evaluation.every=1", "train.best.metric=bleu", f"out={trainer.out}-2"))
+
+
+def test_the_best_needs_evaluations_and_is_no_loss_that_is_not_finite(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"train\.best: nothing is evaluated"):
+        run(tiny_config("data.test=[]", "train.best.metric=validation_loss"))
+    losses = iter([math.nan, 3.0, 4.0, 2.0])
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: {"validation_loss": next(losses)})
+    settings = ("data.test=[]", "evaluation.every=1", "train.max_steps=4", "train.keep=1", "train.best={patience: 3}")
+    trainer = run(tiny_config(*settings))
+    best = checkpoint.pointed(trainer.out / "checkpoints", "best")
+    assert best is not None and best.name == "step-00000004" and trainer.progress.best == 2.0
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, positions: set[int], value: float) -> None:

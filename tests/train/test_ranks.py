@@ -113,6 +113,43 @@ def test_damaged_data_on_one_rank_ends_all_and_saves(tiny: Callable[..., Path], 
     assert found == ["RankFailed: another rank cannot read its data", "DataError: shard 7: damaged"]
     newest = checkpoint.newest(out / "checkpoints")
     assert newest is not None and newest.name == "step-00000002"
+    # Once it is mended the run goes on with the step that could not be read.
+    ranks.run(train, 2, tiny(), (*FSDP, *NO_TEST, f"out={out}"), True)
+    ranks.run(train, 2, tiny(), (*FSDP, *NO_TEST, f"out={tmp_path / 'steady'}"))
+    assert losses(out) == losses(tmp_path / "steady")
+
+
+def unreadable(path: Path, overrides: tuple[str, ...]) -> str:
+    """Rank 1 cannot read its second batch of validation."""
+    import mm.train.trainer as trainer
+
+    one_pass = trainer.one_pass
+
+    def broken(*args: Any) -> Any:
+        for number, batch in enumerate(one_pass(*args)):
+            if number == 1 and args[-2] == 1:
+                raise DataError("shard 7: damaged")
+            yield batch
+
+    trainer.one_pass = broken  # type: ignore[assignment]
+    try:
+        train(path, overrides)
+    except (DataError, RankFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        trainer.one_pass = one_pass
+    return "nothing"
+
+
+def test_damaged_data_to_validate_with_end_all_and_save(
+    tiny: Callable[..., Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    options = (*FSDP, "data.test=[]", "evaluation.every=3", "evaluation.micro_batch=1", f"out={tmp_path / 'run'}")
+    found = ranks.run(unreadable, 2, tiny(), options)
+    of = "RankFailed: another rank cannot read its data of the validation split"
+    assert found == [of, "DataError: shard 7: damaged"]
+    newest = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert newest is not None and newest.name == "step-00000003"
 
 
 def failing_in_turn() -> str:

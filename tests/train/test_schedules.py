@@ -175,6 +175,14 @@ def test_what_an_infinite_schedule_refuses(settings: dict[str, Any], words: str)
         infinite(**settings)
 
 
+def test_all_of_the_steps_is_no_share() -> None:
+    """`100%` is 1, which would be a single step."""
+    assert WSDConfig.model_validate({"kind": "wsd", "warmup": "99%", "decay": 1}).warmup == 0.99
+    for settings in ({"warmup": "100%"}, {"decay": "250%"}):
+        with pytest.raises(ValidationError, match=r"\d+% of all steps: give less, or a number of steps"):
+            WSDConfig.model_validate(settings)
+
+
 def test_what_does_not_fit_is_said() -> None:
     assert LinearConfig(warmup=0.9).problems(10) == []
     assert CosineConfig(warmup=11).problems(10) == [

@@ -17,6 +17,7 @@ from mm.config import RunConfig, load_config
 from mm.errors import CheckpointError, ConfigError
 from mm.train import checkpoint
 from mm.train.metrics import MetricsLog, read_metrics
+from mm.train.run_folder import RunFolder
 from mm.train.trainer import Interrupted, Trainer
 
 
@@ -207,6 +208,25 @@ def test_an_existing_run_is_not_overwritten(tiny_config: Callable[..., RunConfig
         run(tiny_config("train.max_steps=1", "train.batch_tokens=1024", *NO_TEST), resume=True)
     run(tiny_config("train.max_steps=2", *NO_TEST), resume=True)
     assert len(losses(Path(config.out))) == 2
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny_config: Callable[..., RunConfig]) -> None:
+    """Its unfinished checkpoint, too."""
+    config = tiny_config()
+    partial = Path(config.out) / "checkpoints/.step-00000001.partial"
+    partial.mkdir(parents=True)
+    hold = "import sys, fcntl; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on x'); "
+    hold += "f.flush(); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(Path(config.out) / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"process 7 on x is training in it; wait"):
+                run(config, resume)
+        assert partial.exists()
+        other.communicate()
+    folder = RunFolder(Path(config.out))
+    assert folder.open(config, False) is None and not partial.exists()
 
 
 def test_a_foreign_folder_is_not_written_to(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

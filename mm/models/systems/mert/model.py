@@ -152,7 +152,7 @@ class Mert(System):
         return Output(
             {name: each.sum() for name, each in losses.items()},
             self._counts(clips),
-            {name: value.to(device, torch.float32) for name, value in metrics.items()},
+            {name: value.to(device, torch.float32, non_blocking=True) for name, value in metrics.items()},
             rows={first: by_row},
         )
 
