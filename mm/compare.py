@@ -4,6 +4,7 @@ Runs may differ in length, batch and logging interval. So curves are aligned by 
 hours), all are smoothed over the same width of that axis, and the table says each loss at the same number of tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +237,7 @@ def _results(runs: list[_Run]) -> list[_Result]:
     evals = [run.files.found.get("eval.json", {}) for run in runs]
     about = [run.files.found.get("run.json", {}) for run in runs]
     last = [run.files.last for run in runs]
+    chosen_from = {one["match_candidates"] for one in evals if "match_candidates" in one}
 
     def of(key: str, pick: Callable[[Points], float]) -> list[float | None]:
         found = [series(run.rows, key) for run in runs]
@@ -279,7 +281,8 @@ def _results(runs: list[_Run]) -> list[_Result]:
             for key, name, write, better in (
                 ("caption_loss", "Caption loss", loss, min),
                 ("shuffled_loss", "Caption loss, pictures swapped", loss, None),
-                ("match_accuracy", "Matching accuracy", percent, max),
+                ("match_accuracy", "Matching accuracy", percent, max if len(chosen_from) < 2 else None),
+                ("match_candidates", "of so many candidates", count, None),
             )
         ),
         _result("Tokens a second", "median", of("tokens_per_second", middle), short, max),
@@ -304,7 +307,7 @@ def _result(
     better: Callable[[list[float]], float] | None = None,
 ) -> _Result:
     written = ["–" if value is None else write(value) for value in values]
-    present = [value for value in values if value is not None]
+    present = [value for value in values if value is not None and math.isfinite(value)]
     if better is None or len(set(map(write, present))) < 2:
         return _Result(name, note, written, set())
     # What is written alike is alike.

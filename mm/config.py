@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mm.data.config import DataConfig
 from mm.errors import ConfigError
 from mm.models.config import ModelConfig
 from mm.models.teachers.config import teacher_of
-from mm.settings import Section, merge
+from mm.settings import Loader, Section, merge
 from mm.train.config import EvaluationConfig, TrainConfig
 from mm.train.engines.config import REFUSED
 from mm.train.schedules import spans
@@ -87,6 +87,11 @@ class RunConfig(Section):
     stages: list[StageConfig] = []
     """Parts of a run, one after the other, each with settings of its own over those above."""
 
+    @field_validator("out")
+    @classmethod
+    def _may_be_at_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
     def resolved(self) -> dict[str, Any]:
         """Plain values that give this config again."""
         return self.model_dump(mode="json")
@@ -108,7 +113,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     tree.setdefault("out", str(Path("runs") / path.stem))
     config = _validate(tree, path, origins)
     problems = [] if config.stages else contradictions(config, config.train.max_steps)
-    problems += _problems_of_stages(config, tree, path, origins)
+    problems += _problems_of_stages(config, path, origins)
     if problems:
         lines = [f"{_where(keys, path, origins)}: {text}" for keys, text in problems]
         raise ConfigError("\n".join(dict.fromkeys(lines)))
@@ -123,9 +128,7 @@ def _validate(tree: dict[str, Any], path: Path, origins: dict[Keys, str]) -> Run
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _problems_of_stages(
-    config: RunConfig, tree: dict[str, Any], path: Path, origins: dict[Keys, str]
-) -> list[tuple[Keys, str]]:
+def _problems_of_stages(config: RunConfig, path: Path, origins: dict[Keys, str]) -> list[tuple[Keys, str]]:
     stages = config.stages
     found: list[tuple[Keys, str]] = []
     if stages and stages[0].carry_on:
@@ -133,7 +136,7 @@ def _problems_of_stages(
     if stages and stages[0].keep_optimizer:
         found.append((("stages", 0, "keep_optimizer"), "there is no stage before whose optimizer it could go on with"))
         return found
-    above = {key: value for key, value in tree.items() if key != "stages"}
+    above = {key: value for key, value in config.resolved().items() if key != "stages"}
     runs: list[RunConfig] = []
     for number, stage in enumerate(stages):
         at = {**origins, **{keys[2:]: where for keys, where in origins.items() if keys[:2] == ("stages", number)}}
@@ -325,7 +328,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key
     if here in chain:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in (*chain, here))}")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file (looked from {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -362,7 +365,7 @@ def _plain(node: yaml.Node, path: Path, keys: Keys, origins: dict[Keys, str]) ->
     if isinstance(node, yaml.SequenceNode):
         return [_plain(one, path, (*keys, index), origins) for index, one in enumerate(node.value)]
     try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)
+        return Loader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{origins[keys]}: {_dotted(keys)}: {error}") from None
 
@@ -372,7 +375,7 @@ def _override(tree: dict[str, Any], origins: dict[Keys, str], text: str) -> None
     if not equals or not re.fullmatch(r"[\w.-]+", key):
         raise ConfigError(f"{text!r}: expected KEY.SUB=VALUE, such as train.max_steps=40")
     try:
-        new = yaml.safe_load(value)
+        new = yaml.load(value, Loader=Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
     keys: list[str | int] = []

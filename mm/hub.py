@@ -183,13 +183,18 @@ def export(
         raise ConfigError(f"{path}: a model with experts or mixture of depths; no format has a place for them")
     if getattr(system, "meta_attention", False):
         raise ConfigError(f"{path}: a model with meta-attention; transformers has no class for it. mm.load reads it")
+    if getattr(system, "zero_positions", False):
+        raise ConfigError(
+            f"{path}: meta-tokens stand at position 0; transformers has no class for it. mm.load reads it"
+        )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     note = None
     try:
         if to == "transformers":
-            note = transformers.write(system.language, layout, partial, getattr(model, "mask_token", None))
+            mask = getattr(model, "mask_token", None)
+            note = transformers.write(system.language, layout, partial, mask, form_of(config))
         elif to == "prismatic":
             prismatic.write(system, layout, model, partial, out.name, form_of(config))
         elif to == "janus-vq":

@@ -77,13 +77,18 @@ def read_run(path: Path) -> RunFiles:
     except yaml.YAMLError as error:
         raise DataError(f"{path / 'config.yaml'}: damaged ({str(error).splitlines()[0]})") from None
     guard = path / "guard.jsonl"
+    rows = _rows(path / "metrics.jsonl")
+    found = {name: _json(path / name) for name in OPTIONAL if (path / name).is_file()}
+    if rows and found.get("eval.json", {}).get("step", math.inf) < rows[-1]["step"]:
+        del found["eval.json"]  # of before the run went on; samples are of the same evaluation
+        found.pop("samples.json", None)
     return RunFiles(
         path,
         config_text,
         config if isinstance(config, dict) else {},
-        _rows(path / "metrics.jsonl"),
+        rows,
         _rows(guard) if guard.is_file() else [],
-        {name: _json(path / name) for name in OPTIONAL if (path / name).is_file()},
+        found,
     )
 
 

@@ -13,11 +13,21 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 UNITS = {"": 1.0, "%": 1e-2, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([%kKMGBT]?)\s*")
+
+
+class Loader(yaml.SafeLoader):
+    """Of YAML in which `1e-6` is a number, as in YAML 1.2; 1.1 wants `1.0e-6`."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def parse_number(value: Any) -> Any:

@@ -10,7 +10,7 @@ import yaml
 
 from mm.config import RunConfig, json_schema, load_config
 from mm.errors import ConfigError
-from mm.settings import parse_number
+from mm.settings import Loader, parse_number
 from mm.train.schedules import DecayConfig
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +65,29 @@ def test_overrides_and_units(tiny_config: Callable[..., RunConfig]) -> None:
     assert config.train.optimizer.lr == 5e-5 and config.train.batch_tokens == 1000
     assert config.train.schedule.warmup == 0.03 and config.data.sources[0].captions == "all"
     assert config.train.params[0].freeze
+
+
+def test_exponents_are_numbers_and_home_is_home(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """YAML 1.1 takes `1e-6` for text, which a section without types would hand on."""
+    config = tiny_config("model.language.config.rms_norm_eps=1e-6", "train.max_steps=1e3", "out=~/run")
+    assert config.model.language.config["rms_norm_eps"] == 1e-6 and config.train.max_steps == 1000
+    assert config.out == Path.home() / "run"
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 1e-6\nb: [2E+3, 1e5x, '1e5', 10, 1.5e2]\n")
+    assert yaml.load(path.read_text(), Loader) == {"a": 1e-6, "b": [2000.0, "1e5x", "1e5", 10, 150.0]}
+
+
+def test_a_stage_is_checked_as_what_it_will_be(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Another kind than the default one takes nothing over from the settings above, and is refused nothing of them."""
+    path = tmp_path / "staged.yaml"
+    path.write_text(
+        f"extends: {tiny().name}\ntrain: {{optimizer: {{lr: 7e-4}}, schedule: {{warmup: 2}}}}\n"
+        "stages:\n  - {name: a}\n  - {name: b, train: {schedule: {kind: wsd, decay: 50%}}}\n"
+    )
+    assert load_config(path).stage_runs()[1].train.schedule.warmup == 0.03
+    text = path.read_text().replace("schedule: {warmup: 2}", "schedule: {final: 0.1}")
+    path.write_text(text.replace("kind: wsd, decay: 50%", "kind: constant"))
+    assert load_config(path).stage_runs()[1].train.schedule.kind == "constant"
 
 
 def test_extends_merges_mappings_and_replaces_lists_and_kinds(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mm.compare import compare_page, config_differences, distinct_names
 from mm.curves import apart, mean_before, smooth, thin, three
 from mm.errors import DataError
 from mm.page import duration, percent, short
-from mm.report import report_page
+from mm.report import read_run, report_page
 
 HOSTILE = "<script>alert(1)</script> & <img src=x onerror=y>"
 EVAL = {
@@ -188,6 +188,12 @@ def test_a_run_stopped_early_says_what_is_missing(tmp_path: Path) -> None:
     for name in ("eval.json", "data.json", "samples.json"):
         assert f"{name} is missing" in words
     assert "run.json is missing" not in words and "What it learned" not in words
+
+
+def test_an_evaluation_of_before_the_run_went_on_is_none(tmp_path: Path) -> None:
+    for step, there in ((6, False), (7, True), (9, True)):  # steps may be taken that are not logged
+        run = write_run(tmp_path / str(step), {"eval.json": {"step": step, "test_loss": 1.0}}, metrics(7))
+        assert ("eval.json" in read_run(run).found) == there
 
 
 def test_config_and_metrics_alone_are_enough(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ scheduler can queue the same command again; 1 a bug.
 import argparse
 import errno
 import json
+import math
 import os
 import signal
 import sys
+from typing import Any
 
 from mm import __version__
 from mm.cli import data, evals, models, runs
@@ -64,8 +66,17 @@ def main(argv: list[str] | None = None) -> int:
         text = (str(error).strip() or repr(error)).splitlines()[0]
         return fail(args, f"unexpected {type(error).__name__}: {text} (a bug? --debug shows where)", 1)
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(_finite(result), ensure_ascii=False))
     return int(args.status)
+
+
+def _finite(value: Any) -> Any:
+    """With null for what JSON has no word for: the loss of a run that diverged."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def explain_os_error(error: OSError, command: str) -> str:

@@ -224,6 +224,11 @@ def run_task(
             answered = iter(ask([item for item in some if item.id not in known]))
             for item in some:
                 record = known.get(item.id)
+                if record is not None and not ask.knows(item, record):
+                    raise ConfigError(
+                        f"{lines}: {item.id} has another prompt or other answers than when it was answered; choose "
+                        f"another --out, or remove {lines.name}, and its items are run again"
+                    )
                 if record is None:
                     record = next(answered)
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -318,6 +323,11 @@ class _Asker:
             }
             for item, prompt, record in zip(items, prompts, records, strict=True)
         ]
+
+    def knows(self, item: Item, record: Record) -> bool:
+        """Whether a record is of this very item, as far as text goes."""
+        prompt = build(self._task, item, self._settings.form, self._layout, *self._shots(item))
+        return record["prompt"] == spelt(prompt, self._layout) and record["answer"] == list(item.answers)
 
     def _shots(self, item: Item) -> tuple[list[Item], list[Item]]:
         """The first of the pool's permutation that ask something else: shots, and then those of text alone."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 import mm.models.chameleon  # noqa: F401  transformers has no causal language model of this type: ours is made known
@@ -93,7 +94,7 @@ def from_config(values: dict[str, Any], implementation: str) -> Any:
         config = transformers.AutoConfig.for_model(kind, **values)
         config._attn_implementation = implementation
         return transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.language.config: {_first_line(error)}") from None
 
 

@@ -113,15 +113,19 @@ def means(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch], 
 def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedBatch], shuffled: bool = False) -> float:
     """Mean loss per learned token of text over the batches of all ranks, which have to be equally many on each.
 
-    `shuffled`: each picture's pixels go to the next one's place.
+    `shuffled`: each picture's pixels go to the next one's place; of a batch with one alone, those of the batch before
+    come there.
     """
     name = "text" if "text" in engine.system.weights else "next_token"
     total = count = 0.0
+    before: dict[str, MediaBatch] = {}
     for batch in batches:
         if engine.world.ranks > 1:
             batch = with_dummies(batch, layout)
         if shuffled:
-            batch = replace(batch, media={name: _swapped(media) for name, media in batch.media.items()})
+            own = batch.media
+            batch = replace(batch, media={kind: _swapped(media, before.get(kind)) for kind, media in own.items()})
+            before |= {kind: media for kind, media in own.items() if len(media)}
         output = engine.forward(batch.to(engine.device))
         total += float(output.losses[name])
         count += int(output.counts[name])
@@ -129,19 +133,28 @@ def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedB
     return total / max(count, 1)
 
 
-def _swapped(media: MediaBatch) -> MediaBatch:
-    """Every picture with its neighbour's content, resized where that has another size."""
+def _swapped(media: MediaBatch, before: MediaBatch | None) -> MediaBatch:
+    """Every picture with its neighbour's content, resized where that has another size; one alone with the last's of the
+    batch before."""
+    if not len(media):
+        return media
+    last = before if before is not None and len(media) == 1 else media
     if media.features is not None:
-        given = media.features.split(media.feature_rows(media.features))
-        moved = [_as_long(there, len(here)) for here, there in zip(given, [given[-1], *given[:-1]], strict=True)]
-        return replace(media, features=torch.cat(moved))
+        features = _features(media)
+        moved = zip(features, [_features(last)[-1], *features[:-1]], strict=True)
+        return replace(media, features=torch.cat([_as_long(there, len(here)) for here, there in moved]))
     if media.codes is not None:  # of squares of one size
-        return replace(media, codes=media.codes.roll(media.positions // len(media), dims=0))
+        assert last.codes is not None
+        one = media.positions // len(media)
+        return replace(media, codes=torch.cat([last.codes[-one:], media.codes[:-one]]))
     items = media.items()
-    values = [
-        _resized(there, here.shape[1:]).flatten() for here, there in zip(items, [items[-1], *items[:-1]], strict=True)
-    ]
-    return replace(media, values=torch.cat(values))
+    pictures = zip(items, [last.items()[-1], *items[:-1]], strict=True)
+    return replace(media, values=torch.cat([_resized(there, here.shape[1:]).flatten() for here, there in pictures]))
+
+
+def _features(media: MediaBatch) -> tuple[Tensor, ...]:
+    assert media.features is not None
+    return media.features.split(media.feature_rows(media.features))
 
 
 def _as_long(features: Tensor, length: int) -> Tensor:
@@ -195,11 +208,15 @@ def text_results(found: Means, bytes_of: dict[str, int]) -> dict[str, float]:
         return nats / math.log(2) / max(1, sum(bytes_of[name] for name in names))
 
     several = len(found.sources) > 1
+
+    def perplexity(loss: float) -> float:
+        return math.exp(loss) if loss < 700 else math.inf
+
     return {
-        "perplexity": math.exp(found.losses.get("next_token", 0.0)),
+        "perplexity": perplexity(found.losses.get("next_token", 0.0)),
         "bits_per_byte": bits(found.sources),
         **{f"test_loss/{name}": loss for name, (loss, _) in found.sources.items() if several},
-        **{f"perplexity/{name}": math.exp(loss) for name, (loss, _) in found.sources.items() if several},
+        **{f"perplexity/{name}": perplexity(loss) for name, (loss, _) in found.sources.items() if several},
         **{f"bits_per_byte/{name}": bits([name]) for name in found.sources if several},
     }
 

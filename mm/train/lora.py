@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from mm.errors import ConfigError
 from mm.train.blocks import nothing_matches
@@ -78,6 +78,21 @@ def merge_lora(system: nn.Module) -> None:
             module.merge()
             system.set_submodule(name, module.get_base_layer())
     vars(system).pop("peft_config", None)
+
+
+def merged(tensors: dict[str, Tensor], rules: list[LoraRule]) -> dict[str, Tensor]:
+    """The weights of a system with adapters, given by name, as `merge_lora` would leave them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        layer, adapted, kind = name.rpartition(".base_layer.")
+        if adapted and kind == "weight":
+            rule = next(rule for rule in reversed(rules) if re.fullmatch(rule.match, layer))
+            a, b = (tensors[f"{layer}.lora_{one}.default.weight"] for one in "AB")
+            tensor = tensor + (b @ a) * (rule.alpha / rule.rank)
+        found[f"{layer}.{kind}" if adapted else name] = tensor
+    return found
 
 
 def _linear_layers(system: nn.Module) -> Iterator[tuple[str, nn.Module]]:

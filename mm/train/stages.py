@@ -6,7 +6,7 @@ to stage and resuming are the same thing. Where it keeps the optimizer, moments 
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from mm.models import released
 from mm.models.system import System
 from mm.settings import merge
 from mm.train import checkpoint
-from mm.train.config import Run, StageSettings, TrainConfig
+from mm.train.config import LoraRule, Run, StageSettings, TrainConfig
 from mm.train.distributed import World
-from mm.train.lora import apply_lora, merge_lora
+from mm.train.lora import apply_lora, merge_lora, merged
 from mm.train.schedules import DecayConfig, spans
 
 
@@ -275,12 +275,28 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
         if found.shape != tensor.shape:
             found = _resampled(system, name, found, tensor, where)
         taken[name] = found
+    if not taken:
+        raise CheckpointError(
+            f"{where}: none of its tensors has the name of one of this model's: {next(iter(tensors), 'nothing')} "
+            f"there, {next(iter(own))} here; a stage's `convert` can rename them"
+        )
     with torch.no_grad():
         for name, tensor in taken.items():
             own[name].copy_(tensor)
     return [
-        *(f"{name} starts anew: not in {where}" for name in own if name not in taken),
-        *(f"{name} of {where} has no place in this model" for name in tensors if name not in own),
+        *_by_part([name for name in own if name not in taken], f"begin as random values: they are not in {where}"),
+        *_by_part([name for name in tensors if name not in own], f"of {where} have no place in this model"),
+    ]
+
+
+def _by_part(names: Sequence[str], what: str) -> list[str]:
+    """A line for each part of a model, with how many of its tensors are meant, and one of them."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    return [
+        f"{len(some)} tensors of {part} {what} ({some[0]}{', …' if len(some) > 1 else ''})"
+        for part, some in parts.items()
     ]
 
 
@@ -310,14 +326,16 @@ def _function(path: str) -> Any:
 
 
 def initial_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights that `train.init_from` names, of a run, a checkpoint or a release, and where they were found.
+    """The weights that `train.init_from` names, of a run (its adapters merged), a checkpoint or a release, and where
+    they were found.
 
     Raises `CheckpointError`.
     """
     if (release := released.find(path)) is not None:
         return released.tensors_of(release), str(path)
     folder = checkpoint.find(path.expanduser())
-    return model_tensors_of(folder), str(folder)
+    rules = settings_of(checkpoint.read_state(folder)).get("lora", [])
+    return merged(model_tensors_of(folder), [LoraRule.model_validate(rule) for rule in rules]), str(folder)
 
 
 def model_tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -300,7 +300,9 @@ class Trainer:
         else:
             return
         left = take_over(system, tensors, stage.convert, where)
-        self.watcher.event(f"weights from {where}" + (f"; {len(left)} tensors differ: {left[0]}" if left else ""))
+        self.watcher.event(f"weights from {where}")
+        for line in left:
+            self.watcher.event(line)
 
     def _go_on(self, stage: Stage, newest: Path) -> None:
         """What a stage takes over from the one before besides weights."""

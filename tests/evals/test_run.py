@@ -142,6 +142,19 @@ def test_more_items_are_added_and_fewer_are_fewer(model: Model, tmp_path: Path) 
     assert run(model, "vqa", path, out, limit=1)["n"] == 1
 
 
+def test_items_that_were_changed_are_not_taken_for_answered(model: Model, tmp_path: Path) -> None:
+    path, out = written("vqa", tmp_path), tmp_path / "out"
+    run(model, "vqa", path, out)
+    for changed in ("prompt", "answer"):
+        rows = lines(out, "vqa")
+        other = [{**rows[0], changed: ["x"] if changed == "answer" else "x"}, *rows[1:]]
+        (out / "vqa.items.jsonl").write_text("".join(json.dumps(one) + "\n" for one in other))
+        with pytest.raises(ConfigError, match=f"{rows[0]['id']} has another prompt or other answers"):
+            run(model, "vqa", path, out)
+        (out / "vqa.items.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert run(model, "vqa", path, out)["n"] == 4
+
+
 def test_results_of_something_else_are_not_mixed_in(model: Model, tmp_path: Path) -> None:
     path, out = written("vqa", tmp_path), tmp_path / "out"
     with pytest.raises(DataError, match="does not exist"):  # leaves nothing that another run would be

@@ -142,6 +142,20 @@ def test_an_exported_model_is_the_same_model(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, ids), logits(system.language, ids), rtol=0, atol=0)
 
 
+def test_a_model_of_conversations_is_exported_with_their_template(tmp_path: Path) -> None:
+    template = {"eos": "<|endoftext|>"}
+    config = TextLMConfig.model_validate({"language": language("llama"), "template": template})
+    system, layout = config.build().eval(), config.layout()
+    write(system.language, layout, tmp_path, form="chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    said = [{"role": "user", "content": "How many?"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert "<|im_start|>user\nHow many?<|im_end|>" in text and text.endswith("<|im_start|>assistant\n")
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    assert ends == sorted(map(layout.tokenizer.id, ("<|endoftext|>", "<|im_end|>")))
+    assert system.language.generation_config.eos_token_id != ends
+
+
 def test_a_tokenizer_that_transformers_would_replace_is_said(tmp_path: Path) -> None:
     config = TextLMConfig.model_validate({"language": language("qwen2")})
     layout = config.layout()

@@ -13,7 +13,7 @@ from mm.data.prepare import open_splits
 from mm.errors import ConfigError
 from mm.models.system import GenerativeSystem
 from mm.train.config import LoraRule, ParamRule
-from mm.train.lora import apply_lora, merge_lora
+from mm.train.lora import apply_lora, merge_lora, merged
 from mm.train.params import freeze, parameter_groups
 
 Q = "language.model.layers.0.self_attn.q_proj"
@@ -104,7 +104,10 @@ def test_merged_is_plain_and_computes_the_same(built: tuple[GenerativeSystem, Pa
     train(system, apply_lora(system, RULES), batch)
     adapted = system.eval().token_losses(batch)
     assert not torch.allclose(adapted, plain.eval().token_losses(batch), atol=1e-2)
+    by_name = merged({name: tensor.detach().clone() for name, tensor in system.state_dict().items()}, RULES)
     merge_lora(system)
+    assert by_name.keys() == system.state_dict().keys()
+    assert all(torch.equal(by_name[name], tensor) for name, tensor in system.state_dict().items())
     assert list(system.state_dict()) == list(plain.state_dict())
     assert [type(m) for m in system.modules()] == [type(m) for m in plain.modules()]
     torch.testing.assert_close(system.token_losses(batch), adapted, rtol=1e-4, atol=1e-4)

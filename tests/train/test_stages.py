@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mm.config import RunConfig, load_config
 from mm.errors import CheckpointError, ConfigError
+from mm.train.checkpoint import find, model_tensors
 from mm.train.metrics import read_metrics
-from mm.train.stages import model_tensors_of, take_over, trained_system
+from mm.train.stages import initial_tensors, model_tensors_of, take_over, trained_system
 from mm.train.trainer import Interrupted, Trainer, Unwatched
 
 ALIGN = {
@@ -21,6 +22,7 @@ ALIGN = {
     "train": {"max_steps": 3, "params": [{"match": "(vision|language).*", "freeze": True}]},
 }
 WHOLE = {"name": "whole", "train": {"max_steps": 4, "optimizer": {"lr": 5e-4}}}
+LORA = "train.lora=[{match: 'language.*(q|v)_proj', rank: 2}]"
 NO_TEST = {"test": [], "validation": []}
 
 
@@ -65,6 +67,28 @@ def test_two_stages_are_two_runs(staged: Callable[..., RunConfig], tiny: Callabl
     assert losses(tmp_path / "both")[:3] == losses(tmp_path / "one")
     # Dropout aside (there is none here), the second stage is a run that starts from the first one's weights.
     assert losses(tmp_path / "both")[3:] == losses(tmp_path / "two")
+
+
+def test_a_run_begins_with_the_merged_weights_of_one_with_adapters(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(
+        tiny("one"), (f"out={tmp_path / 'one'}", "data.test=[]", "data.validation=[]", "train.max_steps=2", LORA)
+    )
+    run(config)
+    tensors, _ = initial_tensors(tmp_path / "one")
+    expected = model_tensors(trained_system(config, find(tmp_path / "one"), ema=False))
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert take_over(config.model.build(weights=False), tensors, None, "one") == []
+
+
+def test_what_is_not_taken_over_is_said_part_by_part(tiny_config: Callable[..., RunConfig]) -> None:
+    system = tiny_config().model.build(weights=False)
+    tensors = {name: tensor for name, tensor in model_tensors(system).items() if not name.startswith("vision")}
+    count = len(model_tensors(system)) - len(tensors)
+    (missing, other) = take_over(system, {**tensors, "head.x": torch.ones(2)}, None, "here")
+    assert missing.startswith(f"{count} tensors of vision begin as random values: they are not in here (vision.")
+    assert other == "1 tensors of head of here have no place in this model (head.x)"
+    with pytest.raises(CheckpointError, match=r"none of its tensors has the name of one of this model's: head.x there"):
+        take_over(system, {"head.x": torch.ones(2)}, None, "here")
 
 
 def test_frozen_parts_of_a_stage_do_not_move(staged: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from mm.data.chat import END, SPELLINGS
 from mm.data.layout import Layout
+from mm.models.released.chat_templates import jinja
 
 # Numbers, apostrophes, accents, blanks and other scripts: what tokenizers differ in.
 SAMPLE = "In 1987 it DIDN'T rain, naïve e\u0301;\r\n\n\t  x = 3.25e+10  # 傘 🙂\n"
@@ -15,7 +17,7 @@ CHAMELEON = (
 )
 
 
-def write(language: Any, layout: Layout, out: Path, mask: str | None = None) -> str | None:
+def write(language: Any, layout: Layout, out: Path, mask: str | None = None, form: str = "raw") -> str | None:
     """Write config.json, model.safetensors, the tokenizer, and generation_config.json into the folder `out`.
 
     The tokenizer puts the template's begin of text before a text, as in training, and no end of text behind it.
@@ -23,6 +25,7 @@ def write(language: Any, layout: Layout, out: Path, mask: str | None = None) -> 
     Args:
         mask: the token of a masked language model. It generates nothing, and its tokenizer puts the end of text behind
             a text too.
+        form: `chat`: the tokenizer has the template of conversations, and the end of a turn ends what is generated.
 
     Returns:
         What a user of the folder has to know, if anything: that AutoTokenizer does not take the tokenizer as written,
@@ -41,6 +44,9 @@ def write(language: Any, layout: Layout, out: Path, mask: str | None = None) -> 
         for name, token in tokens.items():
             for about in filter(None, (language.config, language.generation_config)):
                 setattr(about, f"{name}_token_id", tokenizer.id(token))
+        if form == "chat" and language.generation_config is not None:
+            ends = {*filter(None, [template.eos]), *({END} & set(SPELLINGS[template.chat].tokens))}
+            language.generation_config.eos_token_id = sorted(map(tokenizer.id, ends))
         language.save_pretrained(out)
     finally:
         language.config, language.generation_config = config, generation
@@ -55,9 +61,10 @@ def write(language: Any, layout: Layout, out: Path, mask: str | None = None) -> 
     special: dict[str, str | None] = {f"{name}_token": token for name, token in tokens.items()}
     if mask is not None:
         special |= {"mask_token": mask, "cls_token": template.bos, "sep_token": template.eos}
-    PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special).save_pretrained(
-        out
-    )
+    named = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    if form == "chat":
+        named.chat_template = jinja(template)
+    named.save_pretrained(out)
     notes = [CHAMELEON] if config.model_type == "chameleon" else []
     loaded = AutoTokenizer.from_pretrained(out)
     if loaded(SAMPLE)["input_ids"] != begin + tokenizer.encode(SAMPLE) + end:
