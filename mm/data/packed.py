@@ -224,11 +224,11 @@ class Reader:
         """On a network disk an open file may go stale, so what fails is tried once more from the beginning."""
         shard = place["shard"]
         try:
-            return read_range(self.file(shard), place["offset"], place["length"])
+            return read_range(self._files[shard], place["offset"], place["length"])
         except OSError:
             self._files.close()
         try:
-            return read_range(self.file(shard), place["offset"], place["length"])
+            return read_range(self._files[shard], place["offset"], place["length"])
         except OSError as error:
             raise DataError(f"{self.folder / shard}: cannot be read ({error.strerror})") from None
 

@@ -37,8 +37,8 @@ from mm.train.storage import Reader, Writer
 FORMAT_VERSION = 4
 PREFIX = "step-"
 TRIES, PATIENCE = 5, 60
-"""So many saves in a row may fail, and one that did is tried again after so many seconds: a disk that was full may be
-so no longer."""
+"""So many saves in a row may fail for the disk, which may be mended meanwhile; the first is to be tried again after so
+many seconds, each further one after twice as many as the one before."""
 
 # Said at each save and load of one process. A filter for the time of a call would not hold: they run in two threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -165,13 +165,13 @@ class Checkpoints:
             clear_leftovers(folder)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if ranks > 1 else None
         self._failures = 0
-        """Saves in a row that failed."""
+        """Saves in a row that failed,"""
+        self._failure: BaseException | None = None
+        """and what the last of them raised."""
         self._failed_at: float | None = None
         """When that was seen of the last one."""
 
-    def save(
-        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False
-    ) -> BaseException | None:
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False) -> None:
         """Write `step-NNNNNNNN`; when asynchronous, this returns as soon as a copy of the tensors is made.
 
         Args:
@@ -179,35 +179,32 @@ class Checkpoints:
             state: JSON for rank 0 to store beside them.
             best: Let `best` name this one.
 
-        Returns:
-            Why the save before this one failed, if it did. This one is tried all the same.
+        What writing raises, on any rank, all ranks are told by `ended`; the checkpoints before it are untouched.
 
         Raises:
-            OSError, CheckpointError: What writing raised, on any rank, is raised on every rank: at once, or, when
-                asynchronous, by `wait`, or by the next `save` if `TRIES` in a row have failed. The checkpoints before
-                it are untouched.
+            OSError, CheckpointError: What the save before this one raised, if it was no fault of the disk, or the last
+                of `TRIES` in a row.
         """
-        failure = self._ended()
-        if failure is not None and self._failures >= TRIES:
-            raise failure
+        self.ended()
+        if self._failure is not None and (self._failures >= TRIES or not isinstance(self._failure, OSError)):
+            raise self._failure
         about = {"format_version": FORMAT_VERSION, "step": step, "ranks": self.ranks, **json.loads(json.dumps(state))}
         staged = self._stage(tensors)
         self._writing = self._thread.submit(self._write, self.folder / f"{PREFIX}{step:08d}", staged, about, best)
         if not self.asynchronous:
-            self.wait()
-        return failure
+            futures.wait([self._writing])
 
     def to_be_repeated(self) -> bool:
-        """Whether this rank has known for `PATIENCE` seconds that the last save failed."""
-        if self._writing is None or not self._writing.done() or self._writing.exception() is None:
+        """Whether this rank has known for long enough that the last save failed for the disk."""
+        if self._writing is None or not self._writing.done() or not isinstance(self._writing.exception(), OSError):
             return False
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-        return time.monotonic() - self._failed_at >= PATIENCE
+        return time.monotonic() - self._failed_at >= PATIENCE * 2**self._failures
 
     def wait(self) -> None:
         """Return when the last save is on the disk, and raise what it raised."""
-        if (failure := self._ended()) is not None:
+        if (failure := self.ended()) is not None:
             raise failure
 
     def settle(self, seconds: float) -> None:
@@ -215,14 +212,14 @@ class Checkpoints:
         if self._writing is not None:
             futures.wait([self._writing], seconds)
 
-    def _ended(self) -> BaseException | None:
-        """What the last save raised, when it has come to its end."""
+    def ended(self) -> BaseException | None:
+        """What the last save raised, when it has come to its end; said once."""
         if self._writing is None:
             return None
         writing, self._writing, self._failed_at = self._writing, None, None
-        failure = writing.exception()
-        self._failures = 0 if failure is None else self._failures + 1
-        return failure
+        self._failure = writing.exception()
+        self._failures = 0 if self._failure is None else self._failures + 1
+        return self._failure
 
     def close(self) -> None:
         """`wait`, and end the thread and the group that were made for writing."""

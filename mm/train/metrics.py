@@ -59,20 +59,45 @@ class MetricsLog:
         partial.replace(path)
         self._trackers: list[Tracker] = [TensorBoard(folder, step)]
         self._trackers += [TRACKERS[name](folder, config or {}) for name in trackers]
-        self._file = open(path, "a")
+        self._path, self._size, self._late = path, path.stat().st_size, list[str]()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """`row["step"]` says where; numbers go to all trackers, the rest to metrics.jsonl alone."""
-        self._file.write(_line(row))
-        self._file.flush()
+    def write(self, row: dict[str, Any]) -> str | None:
+        """`row["step"]` says where; numbers go to all trackers, the rest to metrics.jsonl alone.
+
+        A disk that is full is no reason for a run to end: rows wait to be written with the next one, and a tracker that
+        fails gets no more. Returns what went wrong, if anything.
+        """
+        problem = self._append(_line(row))
         numbers = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        for tracker in self._trackers:
-            tracker.write(row["step"], numbers)
+        for tracker in [*self._trackers]:
+            try:
+                tracker.write(row["step"], numbers)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                problem = f"{type(tracker).__name__.lower()} gets no more rows: {error}"
+        return problem
+
+    def _append(self, line: str) -> str | None:
+        self._late.append(line)
+        try:
+            with open(self._path, "r+b") as file:
+                file.truncate(self._size)  # without a half of a line that was written before
+                file.seek(self._size)
+                file.write("".join(self._late).encode())
+                file.flush()
+                self._size = file.tell()
+        except OSError as error:
+            first = len(self._late) == 1
+            return f"{self._path}: {error.strerror}; its rows wait until they can be written" if first else None
+        self._late = []
+        return None
 
     def close(self) -> None:
-        self._file.close()
+        if self._late:
+            self._append("")
         for tracker in self._trackers:
-            tracker.close()
+            with contextlib.suppress(Exception):
+                tracker.close()
 
 
 class TensorBoard:

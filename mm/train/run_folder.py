@@ -9,7 +9,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,10 @@ FILES = {
 }  # fmt: skip
 
 
+LEASE = 180
+"""Seconds that locks of a machine which is gone may stay."""
+
+
 class RunFolder:
     """See the module."""
 
@@ -49,7 +54,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock: IO[str] | None = None
 
-    def open(self, config: Run, resume: bool) -> Path | None:
+    def open(self, config: Run, resume: bool, say: Callable[[str], None] = lambda text: None) -> Path | None:
         """Refuse a folder with another run in it; returns the checkpoint to go on from, if any: the newest, or
         that of the run that this one branches off from, which is written down: it stays that one.
 
@@ -61,7 +66,7 @@ class RunFolder:
         if strange and not self._begun():
             raise ConfigError(f"{self.path}: is not empty and not a run; choose another folder with out=DIR")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._take(say if resume else None)
         checkpoint.clear_leftovers(self.checkpoints)
         newest, begun = checkpoint.newest(self.checkpoints), self._begun()
         if begun:
@@ -73,21 +78,32 @@ class RunFolder:
     def _begun(self) -> bool:
         return checkpoint.newest(self.checkpoints) is not None or bool(read_metrics(self.path / "metrics.jsonl"))
 
-    def _take(self) -> None:
-        """Refuse a folder that another process is training in. A process that ends, however it does, lets go of it."""
+    def _take(self, say: Callable[[str], None] | None) -> None:
+        """Refuse a folder that another process is training in. A process that ends, however it does, lets go of it; of
+        a machine that ends the server of a network disk may find out minutes later, for which who resumes waits, and
+        says so."""
         lock = open(self.path / ".lock", "a+")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        end = time.monotonic() + (LEASE if say is not None else 0)
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    lock.close()  # a disk without locks
+                    return
             lock.seek(0)
-            who = lock.read().strip()
-            lock.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a disk without locks
-            raise ConfigError(
-                f"{self.path}: {who or 'another process'} is training in it; wait for it to end, or choose another "
-                "folder with out=DIR"
-            ) from None
+            who = lock.read().strip() or "another process"
+            if time.monotonic() >= end:
+                lock.close()
+                raise ConfigError(
+                    f"{self.path}: {who} is training in it; wait for it to end, or choose another folder with out=DIR. "
+                    f"If it is no longer there, remove {self.path / '.lock'}"
+                )
+            if say is not None:
+                say(f"{who} holds {self.path}; waiting up to {LEASE} s for it to end")
+                say = None
+            time.sleep(1)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

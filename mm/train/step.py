@@ -181,6 +181,8 @@ class Stepper:
         self.engine, self.layout, self.guard = engine, layout, guard
         self.seed, self.clip_norm, self.sources = seed, clip_norm, sources
         self.device, self.world = engine.device, engine.world
+        # One for all steps: memory that was freed is used again on the stream that it was taken on alone.
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.extra = engine.optimizer if isinstance(engine.optimizer, ExtraPass) else None
         if self.extra is not None and engine.kind == "deepspeed":
             raise ConfigError("train.optimizer: one that takes extra passes needs train.engine.kind single or fsdp")
@@ -323,14 +325,14 @@ class Stepper:
         if self.device.type != "cuda":
             yield from (batch.to(self.device) for batch in batches)
             return
-        stream = torch.cuda.Stream(self.device)
         ahead: tuple[PackedBatch, Any] | None = None
         for batch in [*batches, None]:
             ready = ahead
             if batch is not None:
-                with torch.cuda.stream(stream):
+                assert self.copies is not None
+                with torch.cuda.stream(self.copies):
                     moved = batch.to(self.device, non_blocking=True)
-                ahead = (moved, stream.record_event())
+                ahead = (moved, self.copies.record_event())
             if ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(ready[1])
                 ready[0].record_stream(torch.cuda.current_stream(self.device))

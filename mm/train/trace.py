@@ -78,7 +78,7 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig, several: 
             parameter.register_post_accumulate_grad_hook(lambda one: live.note(one.grad, "gradients"))
         live.restart()
         batch = _on_device(batch)
-        loss = _loss(system, batch, train.precision, several)
+        loss = _loss(system, batch, train.precision, several, flops)
         flops.phase = "backward"
         loss.backward()
         if train.clip_norm is not None:
@@ -98,15 +98,17 @@ def trace_step(system: System, batch: PackedBatch, train: TrainConfig, several: 
     return Trace(flops.counts, peak, {**busiest, **kept}, live.now["gradients"])
 
 
-def _loss(system: System, batch: PackedBatch, precision: str, several: bool) -> Tensor:
+def _loss(system: System, batch: PackedBatch, precision: str, several: bool, flops: "_Flops") -> Tensor:
     def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
             return system(batch)
 
     losses: dict[str, Tensor] = {}
     if isinstance(system, PooledSystem) and several:
+        flops.phase = "recompute"
         with torch.no_grad():  # for the features of the whole step, before gradients are known
             forward()
+        flops.phase = "forward"
     output = forward()
     if isinstance(system, PooledSystem):
         losses = system.pooled_losses(output.features)

@@ -6,12 +6,13 @@ process runs this same loop; what they have to agree on (counts, a signal, damag
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,12 @@ from mm.train.step import Counted, Done, Stepper, count, counted
 
 SETTLE = 60
 """Seconds that a run which fails waits for a checkpoint that is being written."""
+DISK = 1800
+"""Seconds at least that ranks which have written their part of a checkpoint wait for the others."""
+PAUSES = (5, 10, 20, 40)
+"""Seconds before a checkpoint that nothing goes on without is tried again."""
+IMPATIENCE = 30
+"""Seconds in which a further SIGTERM is the same one: schedulers and launchers both send it."""
 
 
 class Watcher(Protocol):
@@ -74,6 +81,10 @@ class Unwatched:
     def step(self, row: dict[str, Any], steps: int) -> None: ...
 
     def stage(self, name: str) -> None: ...
+
+
+class _Stopped(Exception):
+    """An evaluation was left, because the run is to stop."""
 
 
 class Interrupted(MMError):
@@ -131,6 +142,10 @@ class Trainer:
         """The one that came to this process."""
         self._stopping = 0
         """The one that came to any process, once all know."""
+        self._last: tuple[bool, dict[str, Any] | None] = False, None
+        """What the last save was of: whether it was the best, and the loader's state if not the present one."""
+        self._otherwise: tuple[float | None, int] = None, 0
+        """`progress.best` and `stale`, had the last evaluation not been the best."""
 
     @property
     def out(self) -> Path:
@@ -146,6 +161,7 @@ class Trainer:
         Raises `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
         """
         train = self.config.train
+        deterministic = torch.are_deterministic_algorithms_enabled()
         if train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -163,7 +179,7 @@ class Trainer:
                 asynchronous=train.async_save,
                 ranks=self.world.ranks,
                 rank=self.world.rank,
-                timeout=train.hang_timeout,
+                timeout=max(train.hang_timeout, DISK),
             )
             with self._signals():
                 try:
@@ -177,12 +193,13 @@ class Trainer:
             failed = False
             raise
         finally:
+            torch.use_deterministic_algorithms(deterministic)
             self.world.stop(failed)
             self.folder.let_go()
 
     def _prepare(self, resume: bool, pin_memory: bool) -> tuple[Path | None, list[Stage]]:
         """Everything that is checked and packed before processes meet; rank 0 comes here first."""
-        newest = self.folder.open(self.config, resume) if self.world.main else None
+        newest = self.folder.open(self.config, resume, self.watcher.event) if self.world.main else None
         self.branched = self.folder.branch_point(self.config)
         anew = self.branched if self.config.train.branch_data == "anew" else None
         taken = (anew["stage"], anew["stage_step"]) if anew else (0, 0)
@@ -211,7 +228,7 @@ class Trainer:
             self._enter(stage, newest)
             if not self._finished(self.progress):
                 self._train(stage)
-            self.checkpoints.wait()
+            self._wait(stage)
             newest = self.folder.checkpoints / f"{checkpoint.PREFIX}{self.progress.step:08d}"
         try:
             return self._finish(stage)
@@ -225,6 +242,11 @@ class Trainer:
     def _enter(self, stage: Stage, newest: Path | None) -> None:
         """Build a stage's model and optimizer; fill them from a checkpoint of this stage, or of what it starts from."""
         config, train = stage.config, stage.config.train
+        for name in ("engine", "stepper", "ema", "aside"):  # what the stage before had on the device
+            vars(self).pop(name, None)
+        gc.collect()  # modules are in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.stage, self.layout, self.splits = stage, stage.layout, stage.splits
         state = checkpoint.read_state(newest) if newest else None
         same = state is not None and state["progress"]["stage"] == stage.number
@@ -390,7 +412,7 @@ class Trainer:
         """Evaluate, log and save what is due after a step; whether the stage ends here."""
         step, train = self.progress.step, stage.config.train
         last = self.progress.stage_step == stage.steps
-        evaluated = _due(step, stage.config.evaluation.every)
+        evaluated = _due(step, stage.config.evaluation.every) and (last or not self._stopping)
         row = self._row(stage, totals, done, lr)
         best = False
         if evaluated:
@@ -398,22 +420,25 @@ class Trainer:
                 with timer.excluded():
                     row |= self._validate(stage)
                 best = self._is_best(row, stage)
-            except MMError:
-                self._save_before_leaving(stage)
+            except _Stopped:
+                evaluated = False
+            except Exception as error:
+                if isinstance(error, MMError) or self.world.ranks == 1:  # all ranks are here
+                    self._save_before_leaving(stage)
                 raise
             self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
             last = last or self.progress.ended
         if last or evaluated or _due(step, train.log_every):
             row |= self.stepper.shares() | timer.read()
             self.progress.seconds += row.pop("seconds")
-            if log is not None:
-                log.write({**row, "elapsed": round(self.progress.seconds, 3)})
+            if log is not None and (problem := log.write({**row, "elapsed": round(self.progress.seconds, 3)})):
+                self.watcher.event(problem)
             self.watcher.step(row, step - self.progress.stage_step + stage.steps)
         if last or self._stopping or best or _due(step, train.save_every):
             with timer.excluded():
                 self._save(stage, best)
         if self._stopping and not (last and stage.number + 1 == len(self.stages)):
-            self.checkpoints.wait()
+            self._wait(stage)
             raise Interrupted(self._resume_hint(), self._stopping)
         return last
 
@@ -450,9 +475,8 @@ class Trainer:
     def _check_bad(self, stage: Stage, new: list[list[str]]) -> None:
         """Count what was quarantined while loading, and end the run when it is too much."""
         self.progress.bad += new
-        if self.world.main:
-            rows = [{"id": id, "reason": reason} for id, reason in self.progress.bad]
-            self.folder.write_json("quarantine.json", rows)
+        rows = [{"id": id, "reason": reason} for id, reason in self.progress.bad]
+        self._note(lambda: self.folder.write_json("quarantine.json", rows))
         seen = {id for id, _ in self.progress.bad} - stage.splits["train"].dropped
         total = sum(counts["segments"] for counts in stage.splits["train"].about["ledger"].values())
         if len(seen) > stage.config.data.max_bad_fraction * total:
@@ -483,8 +507,7 @@ class Trainer:
         rewind = self.guard.should_rewind
         step = self.progress.step + 1
         event = self.guard.event(step, done.verdict, done.loss, done.norms.get("total"), everyone)
-        if self.world.main:
-            self.folder.append("guard.jsonl", [{**event, "action": "rewind" if rewind else "skip"}])
+        self._note(lambda: self.folder.append("guard.jsonl", [{**event, "action": "rewind" if rewind else "skip"}]))
         self.watcher.event(f"step {step}: no update, {done.verdict.reason} (its samples: guard.jsonl)")
         if rewind:
             self._rewind(stage)
@@ -492,7 +515,8 @@ class Trainer:
 
     def _rewind(self, stage: Stage) -> None:
         """Back to the newest checkpoint of this stage, and past the packs of the steps that were skipped just now."""
-        self.checkpoints.wait()
+        if (failure := self.checkpoints.ended()) is not None:
+            self.watcher.event(f"the last checkpoint could not be written ({failure}): back to the one before")
         branched = self.start if stage.config.train.branch_data == "carry_on" else None
         newest = self.world.gather(checkpoint.newest(self.folder.checkpoints) or branched)[0]
         usable = newest is not None and checkpoint.read_state(newest)["progress"]["stage"] == stage.number
@@ -588,13 +612,20 @@ class Trainer:
         )
         while True:
             world.at(self.progress.step, "evaluating")
-            batch, error = None, None
+            batch: PackedBatch | None = None
+            error: Exception | None = None
             try:
                 batch = next(batches, None)
-            except DataError as damaged:
-                error = damaged
-            if world.sum([float(error is not None)])[0]:  # all have as many batches, and leave together
+            except Exception as problem:
+                error = problem
+            # All have as many batches, and leave together.
+            own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
+            failed, interrupt, terminate = world.sum([float(error is not None), *own])
+            if failed:
                 raise error or RankFailed(f"another rank cannot read its data of the {split} split")
+            if interrupt or terminate:
+                self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
+                raise _Stopped
             if batch is None:
                 return
             yield batch
@@ -612,12 +643,18 @@ class Trainer:
         better = math.isfinite(value) and (
             before is None or (value < before if best.better == "lower" else value > before)
         )
-        self.progress.best, self.progress.stale = (value, 0) if better else (before, self.progress.stale + 1)
+        self._otherwise = (before, self.progress.stale + 1)
+        self.progress.best, self.progress.stale = (value, 0) if better else self._otherwise
         return better
 
     def _save(self, stage: Stage, best: bool = False, loader: dict[str, Any] | None = None) -> None:
         """`loader`: its state, where that is not the present one."""
         self.world.at(self.progress.step, "saving")
+        if (failure := self.checkpoints.ended()) is not None:
+            self.watcher.event(f"the checkpoint before could not be written ({failure}); trying this one")
+            if self._last[0] and not best:  # what was best is lost
+                self.progress.best, self.progress.stale = self._otherwise
+        self._last = best, loader
         state = {
             "progress": {**asdict(self.progress), "seconds": self.progress.seconds + self._timer.seconds},
             "schedule": [stage.schedule_first, stage.schedule_steps],
@@ -630,15 +667,35 @@ class Trainer:
         tensors = {**self.engine.tensors(), **(self.ema.tensors() if self.ema else {})}
         if self.aside and self.world.main:
             tensors |= self.aside.tensors()
-        failure = self.checkpoints.save(self.progress.step, tensors, state, best)
-        if failure is not None:
-            self.watcher.event(f"the checkpoint before could not be written ({failure}); trying this one")
+        self.checkpoints.save(self.progress.step, tensors, state, best)
         self.world.at(self.progress.step, "saved")
+
+    def _wait(self, stage: Stage) -> None:
+        """Until the last save is on the disk; one that failed for the disk is tried again, on all ranks."""
+        for pause in PAUSES:
+            failure = self.checkpoints.ended()
+            if not isinstance(failure, OSError):
+                break
+            self.watcher.event(f"the checkpoint could not be written ({failure}); trying again in {pause} s")
+            time.sleep(pause)
+            self._save(stage, *self._last)
+        else:
+            failure = self.checkpoints.ended()
+        if failure is not None:
+            raise failure
+
+    def _note(self, write: Callable[[], None]) -> None:
+        """On rank 0, what the run can do without: a full disk is no reason to end."""
+        if self.world.main:
+            try:
+                write()
+            except OSError as error:
+                self.watcher.event(f"{error.filename or self.out}: {error.strerror}")
 
     def _save_before_leaving(self, stage: Stage, loader: dict[str, Any] | None = None) -> None:
         if self.progress.stage_step:
             self._save(stage, loader=loader)
-            self.checkpoints.wait()
+            self._wait(stage)
 
     def _finish(self, stage: Stage) -> dict[str, Any]:
         """Evaluate on the test split."""
@@ -744,10 +801,16 @@ class Trainer:
         """The first Ctrl-C or SIGTERM lets the step end and saves; a second one ends at once."""
 
         def note(number: int, frame: Any) -> None:
-            self._signal = number
+            if self._signal == signal.SIGTERM == number and time.monotonic() - first[0] < IMPATIENCE:
+                return
+            if self._signal == number:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+                return
+            self._signal, first[0] = number, time.monotonic()
             self.watcher.event("stopping after this step; again to stop at once")
-            signal.signal(number, before[number])
 
+        first = [0.0]
         before: dict[int, Any] = {}
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             with contextlib.suppress(ValueError):  # signals belong to the main thread; a library user may be elsewhere

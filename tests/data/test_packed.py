@@ -245,7 +245,7 @@ def test_damaged_and_cut_tars_are_named_with_the_pack(copy: Path) -> None:
     assert "truncated: pack 5 is not all there" in refusal(copy, 5)
     assert "pack 6" in refusal(copy, 6)
     path.unlink()
-    assert "cannot be opened (No such file or directory)" in refusal(copy, 0)
+    assert "cannot be read (No such file or directory)" in refusal(copy, 0)
 
 
 @pytest.mark.parametrize(

@@ -315,19 +315,29 @@ def test_a_save_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "_commit", full)
-    assert checkpoints.save(1, tensors, {}) is None
+    checkpoints.save(1, tensors, {})
     checkpoints.settle(60)
     assert not checkpoints.to_be_repeated()
     monkeypatch.setattr("mm.train.checkpoint.PATIENCE", 0)
     assert checkpoints.to_be_repeated()
     for step in range(2, 6):
-        assert isinstance(checkpoints.save(step, tensors, {}), OSError)
+        assert isinstance(checkpoints.ended(), OSError) and checkpoints.ended() is None
+        checkpoints.save(step, tensors, {})
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(6, tensors, {})
-    monkeypatch.setattr(Checkpoints, "_commit", commit)
-    assert checkpoints.save(7, tensors, {}) is None
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(7, tensors, {})
     checkpoints.settle(60)
-    assert not checkpoints.to_be_repeated() and checkpoints.save(8, tensors, {}) is None
+    monkeypatch.setattr(Checkpoints, "_commit", commit)
+    checkpoints.save(8, tensors, {})
+    checkpoints.settle(60)
+    assert not checkpoints.to_be_repeated() and checkpoints.ended() is None
+    monkeypatch.setattr(Checkpoints, "_commit", lambda *_: (_ for _ in ()).throw(CheckpointError("not shared")))
+    checkpoints.save(9, tensors, {})
+    checkpoints.settle(60)
+    assert not checkpoints.to_be_repeated()  # that is no fault of the disk
+    with pytest.raises(CheckpointError, match="not shared"):
+        checkpoints.save(10, tensors, {})
     checkpoints.close()
     assert [path.name for path in complete(tmp_path)] == ["step-00000008"]
 

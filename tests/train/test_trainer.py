@@ -210,7 +210,54 @@ def test_an_existing_run_is_not_overwritten(tiny_config: Callable[..., RunConfig
     assert len(losses(Path(config.out))) == 2
 
 
-def test_a_folder_in_which_another_process_trains_is_left_alone(tiny_config: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_is_full_for_a_while_ends_no_run(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """It fails the first two saves, of which one is the best, and rows of the log; the run is as any other."""
+    settings = ("data.test=[]", "evaluation.every=2", "train.save_every=2", "train.best={patience: 9}", "train.keep=9")
+    whole, _ = run(tiny_config(f"out={tmp_path / 'whole'}", *settings))
+    commit, append = checkpoint.Checkpoints._commit, MetricsLog._append
+    calls = {"commit": 0, "append": 0}
+
+    def full(what: str, real: Callable[..., Any], *args: Any) -> Any:
+        calls[what] += 1
+        if calls[what] <= 2:
+            raise OSError(28, "No space left on device", "x")
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_commit", lambda *args: full("commit", commit, *args))
+    monkeypatch.setattr("builtins.open", failing_open(calls))
+    monkeypatch.setattr("mm.train.trainer.PAUSES", (0, 0, 0))
+    monkeypatch.setattr("mm.train.checkpoint.PATIENCE", 0)
+    trainer, _ = run(tiny_config(f"out={tmp_path / 'run'}", *settings, f"train.async_save={str(asynchronous).lower()}"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") and calls["append"] > 2 and append
+    said = trainer.watcher.events  # type: ignore[attr-defined]
+    assert sum("could not be written (" in one for one in said) == 2
+    assert sum("its rows wait until they can be written" in one for one in said) == 1
+    newest = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert newest is not None and newest.name == "step-00000008"
+    best = checkpoint.pointed(tmp_path / "run/checkpoints", "best")
+    assert best is not None and trainer.progress.best == whole.progress.best
+
+
+def failing_open(calls: dict[str, int]) -> Callable[..., Any]:
+    """The log cannot be opened to be written to, twice."""
+
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if str(path).endswith("run/metrics.jsonl") and mode == "r+b":
+            calls["append"] += 1
+            if calls["append"] <= 2:
+                raise OSError(28, "No space left on device", str(path))
+        return real(path, mode, *args, **kwargs)
+
+    real = open
+    return opened
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its unfinished checkpoint, too."""
     config = tiny_config()
     partial = Path(config.out) / "checkpoints/.step-00000001.partial"
@@ -220,6 +267,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tiny_config: Cal
     command = [sys.executable, "-c", hold, str(Path(config.out) / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        monkeypatch.setattr("mm.train.run_folder.LEASE", 1)
         for resume in (False, True):
             with pytest.raises(ConfigError, match=r"process 7 on x is training in it; wait"):
                 run(config, resume)

@@ -56,6 +56,7 @@ class FSDPEngine(SingleEngine):
         self.size = world.ranks // self.copies
 
     def shard(self, system: System) -> System:
+        """Unit by unit, so that no device ever holds the whole."""
         self.mesh = self._mesh(shard=self.size)
         placements = self._place_experts(system)
         named = [(name, module) for name, module in system.named_modules() if name]
@@ -162,5 +163,6 @@ class FSDPEngine(SingleEngine):
         return super().tensors()
 
     def sum_shards(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.mesh.get_group("shard"))
-        return values
+        # Over all ranks at once, so that all have the same bits to decide by, whatever copy they are of.
+        dist.all_reduce(values)
+        return values.div_(self.copies)

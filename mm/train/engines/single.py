@@ -46,11 +46,12 @@ class SingleEngine:
 
     def prepare(self, system: System, groups: Callable[[System], Groups], micro_batches: int) -> None:
         """Take over a system on the CPU. `groups` makes the optimizer's parameter groups once tensors are in place."""
-        self.system = self.shard(system.to(self.device))
+        self.system = self.shard(system)
         self.optimizer = self.train.optimizer.build(groups(self.system))
 
     def shard(self, system: System) -> System:
-        return system
+        """Bring weights and buffers to where they stay."""
+        return system.to(self.device)
 
     def autocast(self) -> Any:
         """The context that forward passes run in."""
