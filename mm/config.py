@@ -226,6 +226,13 @@ def contradictions(config: RunConfig, steps: int | None = None, last: bool = Tru
         f"{train.micro_batch} does not divide the {rows} rows of a step "
         f"(train.batch_tokens {train.batch_tokens} / data.context_length {data.context_length})",
     )
+    parts = getattr(config.model, "parts", {})
+    for name, part in parts.items():
+        rule(
+            getattr(getattr(part, "routing", None), "routing_rows", None) is not None,
+            f"model.parts.{name}",
+            "routing_rows is not for a joint run, where a part sees some rows of a micro-batch: leave it out",
+        )
     together = getattr(getattr(config.model, "routing", None), "routing_rows", None) or 1
     rule(
         trains and train.micro_batch % together != 0,
@@ -233,22 +240,24 @@ def contradictions(config: RunConfig, steps: int | None = None, last: bool = Tru
         f"{train.micro_batch} is no multiple of the {together} rows that choose together (model's routing_rows)",
     )
     over = getattr(train.engine, "expert_parallel", 1)
-    groups = getattr(getattr(config.model, "experts", None), "groups", {})
-    rule(
-        any(experts % over for experts in groups.values() if experts > 1),
-        "train.engine.expert_parallel",
-        f"{over} does not divide the experts of every group ({', '.join(f'{n}: {e}' for n, e in groups.items())})",
-    )
-    routing = getattr(config.model, "routing", None)
-    unguided = routing is not None and routing.auxiliary == "none"
-    unguided &= getattr(config.model, "depths", None) is not None or any(one > 1 for one in groups.values())
-    for key, evaluated in (("evaluation.every", evaluation.every > 0), ("data.test", last and bool(data.test))):
+    whole = {f"model.parts.{name}": part for name, part in parts.items()} or {"model": config.model}
+    for place, part in whole.items():
+        groups = getattr(getattr(part, "experts", None), "groups", {})
         rule(
-            unguided and evaluated,
-            key,
-            "this model has no auxiliary routers, and nothing is evaluated without them: set model."
-            f"{'experts' if groups else 'depths'}.auxiliary=along, add a stage that trains them, or leave this out",
+            any(experts % over for experts in groups.values() if experts > 1),
+            "train.engine.expert_parallel",
+            f"{over} does not divide the experts of every group ({', '.join(f'{n}: {e}' for n, e in groups.items())})",
         )
+        routing = getattr(part, "routing", None)
+        unguided = routing is not None and routing.auxiliary == "none"
+        unguided &= getattr(part, "depths", None) is not None or any(one > 1 for one in groups.values())
+        for key, evaluated in (("evaluation.every", evaluation.every > 0), ("data.test", last and bool(data.test))):
+            rule(
+                unguided and evaluated,
+                key,
+                f"this model has no auxiliary routers, and nothing is evaluated without them: set {place}."
+                f"{'experts' if groups else 'depths'}.auxiliary=along, add a stage that trains them, or leave this out",
+            )
     rule(
         config.model.kind == "clip" and getattr(train.engine, "stage", 0) == 3,
         "train.engine.stage",

@@ -56,13 +56,12 @@ class Packing:
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor]]:
         """For each group of like-long segments: positions [S, M] (0 where padded) and which of them are real [S, M]."""
-        scope = self.scope
+        place = (self.scope > 0).nonzero()[:, 0]  # of a scope there may be padding between two positions
+        scope = self.scope[place]
         starts = torch.ones_like(scope, dtype=torch.bool)
         starts[1:] = scope[1:] != scope[:-1]
         start = starts.nonzero()[:, 0]
         length = torch.diff(start, append=torch.tensor([len(scope)], device=scope.device))
-        real = scope[start] > 0
-        start, length = start[real], length[real]
         order = torch.argsort(length, stable=True)
         start, length = start[order], length[order]
         groups = []
@@ -72,7 +71,8 @@ class Packing:
             if i == len(lengths) or lengths[i] > GROWTH * lengths[first]:
                 steps = torch.arange(lengths[i - 1], device=scope.device)
                 here = steps < length[first:i, None]
-                groups.append((torch.where(here, start[first:i, None] + steps, 0), here))
+                at = (start[first:i, None] + steps).clamp(max=len(place) - 1)
+                groups.append((torch.where(here, place[at], 0), here))
                 first = i
         return groups
 

@@ -153,6 +153,12 @@ def _search(row: "_Row", prompts: list[Segment], decoding: Decoding, room: int, 
         logits = row.run([(ids[-1], n, before + len(ids) - 1) for n, (ids, before) in enumerate(written, 1)])
 
 
+def writable(system: GenerativeSystem, layout: Layout, logits: Tensor) -> Tensor:
+    """Logits [n, V], lowest for what text has none of: what pictures are made of."""
+    image = _ImageTokens.of(system, layout, pictures=False)
+    return logits if image is None else logits.masked_fill(~image.allowed(logits.shape[1])[ENCLOSED], -torch.inf)
+
+
 def draws(system: System) -> bool:
     """Whether pictures are in what the system writes, as tokens."""
     return getattr(system, "vocabulary", None) is not None
@@ -438,9 +444,15 @@ class _Row:
             batch = with_dummies(batch, self.layout)
         self.media = self.system.media_seen(batch)
         self.numbers = list(range(1, len(prompts) + 1))
-        logits = self._logits(batch, np.cumsum([len(prompt) for prompt in prompts]) - 1, self.media)
+        starts = np.cumsum([0, *(len(prompt) for prompt in prompts[:-1])])
+        logits = self._logits(batch, starts + [self._last(prompt) for prompt in prompts], self.media)
         self.memory.mark()
         return logits
+
+    def _last(self, prompt: Segment) -> int:
+        """The position that says what comes behind a prompt: not a meta-token, as in training."""
+        known = np.flatnonzero(prompt.ids != getattr(self.system, "meta_id", -1))
+        return int(known[-1]) if len(known) else len(prompt) - 1
 
     def step(self, live: list[_Writing]) -> Tensor:
         """[live, V]: logits behind the last token of each, which the model is given here. Of none, padding runs."""

@@ -128,7 +128,7 @@ def mean_losses(
         logits = system.logits(batch, keep)
     targets = batch.labels.flatten()[keep]
     losses = next_token_losses(logits, targets).double()
-    missed = (logits.argmax(-1) != targets).double()
+    missed = (decode.writable(system, layout, logits).argmax(-1) != targets).double()
     total, misses, tokens = (
         values.new_zeros(len(prompts)).index_add(0, pair, values)
         for values in (losses, missed, torch.ones_like(losses))

@@ -39,6 +39,18 @@ def random_rows(lengths: list[list[int]], length: int) -> Tensor:
 ROWS = [[3, 9, 1, 4], [17], [1, 1, 2, 13], []]
 
 
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_gap_in_a_row_is_looked_across(isolate: bool) -> None:
+    """As a sample that was taken down leaves it: what is on both sides is still one scope, where rows are."""
+    ids = torch.tensor([[1, 1, 0, 0, 2, 2, 0, 3], [0, 0, 4, 0, 0, 4, 4, 0]], dtype=torch.int32)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 16, 8, dtype=torch.float64) for _ in range(3)]
+    scope = packing(ids, isolate, "segments")
+    torch.testing.assert_close(packed_attention(*tensors, scope), loop(*tensors, scope.scope, True))
+    dense = packing(ids, isolate, "dense")
+    torch.testing.assert_close(packed_attention(*tensors, scope), packed_attention(*tensors, dense))
+
+
 @pytest.mark.parametrize("implementation", ["segments", "dense"])
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("heads_kv", [4, 2])

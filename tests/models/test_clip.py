@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,16 @@ def test_the_scale_is_bounded_as_open_clip_bounds_it() -> None:
     system(batch).features["scale"].sum().backward()
     assert system.clip.logit_scale.item() == pytest.approx(4.6052, abs=1e-4)
     assert system.clip.logit_scale.grad.item() == pytest.approx(200)
+
+
+def test_the_scale_of_sigmoids_is_free() -> None:
+    """Published models have larger ones than 100."""
+    system = ClipConfig.model_validate(SIGLIP).build()
+    with torch.no_grad():
+        system.clip.logit_scale.fill_(4.7215)
+    system.begin_step(1, 10)
+    found = system(rows_of(ClipConfig.model_validate(SIGLIP), [[(0, 0), (1, 1)]])).features["scale"]
+    torch.testing.assert_close(found, torch.full((2,), math.exp(4.7215)))
 
 
 @pytest.mark.parametrize("values", [MODEL, {**SIGLIP, "resize": "squash"}, {

@@ -140,7 +140,9 @@ def test_rows_hold_the_first_objective() -> None:
     output = system(packed)
     assert list(output.rows) == ["codes"]
     torch.testing.assert_close(output.rows["codes"].sum(), output.losses["codes"].detach())
+    assert system.row_counts(packed).sum() == output.counts["codes"]
     for row in ALL:
+        assert system.row_counts(packed)[row] == system.counts(batch([row]))["codes"]
         torch.testing.assert_close(output.rows["codes"][row], system(batch([row])).losses["codes"].detach())
 
 

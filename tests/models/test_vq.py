@@ -166,6 +166,7 @@ def test_counts_are_positions_and_metrics_are_of_codes() -> None:
     system, packed = build().eval(), batch(ALL)
     output = system(packed)
     assert {int(count) for count in output.counts.values()} == {sum(ROWS) * SIDE**2}
+    assert system.row_counts(packed).tolist() == [number * SIDE**2 for number in ROWS]
     assert system.learned == ("reconstruction",) and int(system.counts(batch([1]))["codebook"]) == 0
     pictures = torch.stack(packed.media["image"].items())
     _, codes, chosen, _ = system.encode(pictures)

@@ -52,8 +52,11 @@ class Clip(PooledSystem):
     @torch.no_grad()
     def begin_step(self, step: int, steps: int) -> None:
         """Bring the scale back to 100 at most, as open_clip does behind every update: here before the next one. What
-        the last update left, and engines that keep weights of their own, the forward pass bounds in the same way."""
-        self.clip.logit_scale.clamp_(0, MOST)
+        the last update left, and engines that keep weights of their own, the forward pass bounds in the same way.
+
+        That of `siglip` is free: its published models have larger ones."""
+        if self.loss == "clip":
+            self.clip.logit_scale.clamp_(0, MOST)
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         return {"contrastive": torch.tensor(len(pairs(batch)[0]))}
@@ -67,7 +70,9 @@ class Clip(PooledSystem):
         # Where there are no pairs, both towers run all the same, so that their weights are in the graph on every rank.
         image, text = self._encode(self.texts(batch, segments), pixels[items] if n else pixels[:1])
         log = self.clip.logit_scale
-        scale = (log - (log - log.clamp(0, MOST)).detach()).exp()  # its gradient is there at the bound, too
+        if self.loss == "clip":
+            log = log - (log - log.clamp(0, MOST)).detach()  # its gradient is there at the bound, too
+        scale = log.exp()
         features = {"image": image[:n], "text": text[:n], "scale": scale.expand(n)}
         if self.clip.logit_bias is not None:
             features["bias"] = self.clip.logit_bias.expand(n)

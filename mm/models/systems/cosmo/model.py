@@ -162,7 +162,9 @@ class Cosmo(GenerativeSystem, PooledSystem):
         like = self.resampler.latents
         known = {name: self.known_features(name, media, like.dtype) for name, media in _media(batch).items()}
         found = [self.connect(name, features) for name, features in known.items()]
-        return torch.cat(found) if found else like.new_zeros(0, *like.shape)
+        # The shape is not that of the weight itself, of which a rank may have a part.
+        shape = (0, 1 + self.config.resampler.latents, self.vision.width)
+        return torch.cat(found) if found else torch.zeros(shape, dtype=like.dtype, device=batch.labels.device)
 
     def _seen(self, batch: PackedBatch, latents: Tensor) -> MediaSeen:
         config = self.config

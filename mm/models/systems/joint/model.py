@@ -7,7 +7,7 @@ gathered in step whatever rows a rank has, and a part that a step has nothing fo
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.data.batch import IGNORE, PackedBatch, collate, select_rows, with_dummies
 from mm.data.loader import EMPTY
@@ -84,16 +84,32 @@ class Joint(System):
             found |= {f"{name}/{objective}": number for objective, number in counts.items()}
         return found
 
+    @property
+    def teachers(self) -> Sequence[nn.Module]:
+        return [teacher for name in self.names for teacher in self.part(name).teachers]
+
+    def row_counts(self, batch: PackedBatch) -> Tensor:
+        """Of the first objective of the part that has a row."""
+        found = torch.zeros(len(batch.ids), dtype=torch.int64)
+        for name, rows in self.rows(batch).items():
+            if rows:
+                found[rows] = self.part(name).row_counts(self._share(batch, name, rows)).cpu()
+        return found
+
     def forward(self, batch: PackedBatch) -> Output:
         whole = Output({}, {})
+        by_row = torch.zeros(len(batch.ids), device=batch.input_ids.device)
         for name, rows in self.rows(batch).items():
             output: Output = self.part(name)(self._share(batch, name, rows))
             for ours, its in (
                 (whole.losses, output.losses), (whole.counts, output.counts), (whole.metrics, output.metrics),
                 (whole.metric_counts, output.metric_counts), (whole.predictions, output.predictions),
-                (whole.rows, {key: _spread(values, rows, batch) for key, values in output.rows.items()}),
             ):  # fmt: skip
                 ours.update({f"{name}/{key}": value for key, value in its.items()})
+            if rows and output.rows:
+                own = next(iter(output.rows.values())).to(by_row)
+                by_row = by_row.index_copy(0, torch.tensor(rows, device=by_row.device), own)
+        whole.rows[next(iter(self.weights))] = by_row
         return whole
 
     @property
@@ -138,9 +154,3 @@ class Joint(System):
         if not rows:
             return self._padding[name].to(batch.input_ids.device)
         return with_dummies(select_rows(batch, rows), self._layouts[name])
-
-
-def _spread(values: Tensor, rows: list[int], batch: PackedBatch) -> Tensor:
-    """Numbers of some rows [n] as those of all [B], 0 elsewhere."""
-    whole = values.new_zeros(len(batch.ids))
-    return whole.index_copy(0, torch.tensor(rows, device=values.device), values) if rows else whole

@@ -90,6 +90,15 @@ class Mert(System):
             return {name: torch.tensor(0) for name in self.weights}
         return self._counts(self._drawn(media, batch.draws))
 
+    def row_counts(self, batch: PackedBatch) -> Tensor:
+        rows = len(batch.input_ids)
+        media = batch.media.get("audio")
+        if media is None:
+            return torch.zeros(rows, dtype=torch.int64)
+        clips = self._drawn(media, batch.draws)
+        learned = clips.learned(next(iter(self.weights)))
+        return torch.from_numpy(np.bincount(np.repeat(clips.row, clips.frames)[learned], minlength=rows))
+
     @property
     def drawn(self) -> tuple[str, ...]:
         return tuple(self.weights)

@@ -37,7 +37,7 @@ class TextLM(GenerativeSystem):
         tokenizer, meta = config.tokenizer(), config.meta_tokens
         self.language = backbone.load(config.language, len(tokenizer), weights)
         self.meta_attention, self.zero_positions = bool(meta and meta.attention), bool(meta and meta.zero_positions)
-        self._meta_id = tokenizer.id(meta.token) if meta else -1
+        self.meta_id = tokenizer.id(meta.token) if meta else -1
         if self.meta_attention:
             insert_meta_attention(self.language, backbone.miniature(self.language, layers=1))
         if self.zero_positions and not hasattr(self.language.base_model, "rotary_emb"):
@@ -68,7 +68,7 @@ class TextLM(GenerativeSystem):
         return found
 
     def meta_tokens(self, batch: PackedBatch) -> Tensor | None:
-        return batch.input_ids == self._meta_id if self.meta_attention else None
+        return batch.input_ids == self.meta_id if self.meta_attention else None
 
     def token_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
         return super().token_losses(self._placed(batch), routing)
@@ -82,7 +82,7 @@ class TextLM(GenerativeSystem):
         """The batch with meta-tokens at the position whose rotation is none, where that is asked for."""
         if self.training or not self.zero_positions:
             return batch
-        return replace(batch, position_ids=batch.position_ids.masked_fill(batch.input_ids == self._meta_id, 0))
+        return replace(batch, position_ids=batch.position_ids.masked_fill(batch.input_ids == self.meta_id, 0))
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         counts = super().counts(batch)
@@ -91,6 +91,8 @@ class TextLM(GenerativeSystem):
     def forward(self, batch: PackedBatch) -> Output:
         if self.distill is None:
             return super().forward(batch)
+        if not backbone.chunks_logits(self.language):
+            raise ConfigError("train.lora: adapters on the output head are not for model.distill; leave the head out")
         routing, keep = self.routing(batch), batch.learned()
         batch = self._placed(batch)
         hidden = backbone.hidden_at(

@@ -63,6 +63,12 @@ class VQ(System):
         positions = 0 if media is None else int(_readable(media).sum()) * self.config.side**2
         return {name: torch.tensor(positions) for name in self.weights}
 
+    def row_counts(self, batch: PackedBatch) -> Tensor:
+        media, rows = batch.media.get("image"), torch.zeros(len(batch.input_ids), dtype=torch.int64)
+        if media is None:
+            return rows
+        return rows.index_add(0, media.row.cpu(), _readable(media).cpu() * self.config.side**2)
+
     def forward(self, batch: PackedBatch) -> Output:
         media = with_dummies(batch, self._layout).media["image"]
         pictures, device = media.stacked(), media.values.device
