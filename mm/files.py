@@ -40,9 +40,11 @@ def atomic(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def clear_partials(path: Path, folder: Path | None = None) -> None:
-    """Remove what killed processes left of a file that `atomic` was to make: what nobody has written to for an hour."""
-    for partial in (folder or path.parent).glob(f".{path.name}.{'[0-9a-f]' * 32}"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > 3600:
+def clear_partials(*paths: Path) -> None:
+    """Remove what killed processes left of files that `atomic` was to make together: of all of them, where nobody has
+    written to any for an hour."""
+    partials = [one for path in paths for one in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 32}")]
+    with contextlib.suppress(FileNotFoundError):  # another one clears them
+        if all(time.time() - partial.stat().st_mtime > 3600 for partial in partials):
+            for partial in partials:
                 partial.unlink()

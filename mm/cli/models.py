@@ -140,6 +140,7 @@ def tokenizer_train(args: argparse.Namespace) -> Result:
 
     from mm.config import load_config
     from mm.data import train_tokenizer as tokenizers
+    from mm.data.remote import RemoteCache
 
     out, special = Path(args.out), args.special or tokenizers.SPECIAL
     if out.exists():
@@ -149,7 +150,9 @@ def tokenizer_train(args: argparse.Namespace) -> Result:
     read = partial(tokenizers.texts_of, args.files)
     if args.config:
         runs = load_config(args.config, args.overrides).stage_runs()
-        read = partial(tokenizers.texts_in, tokenizers.text_sources(run.data for run in runs))
+        data = runs[0].data
+        cache = RemoteCache(data.cache.expanduser() / "remote", data.remote_cache)
+        read = partial(tokenizers.texts_in, tokenizers.text_sources(run.data for run in runs), cache)
     trained = tokenizers.train((text for _, text in read()), args.vocab_size, special, args.kind, args.multiple)
     tokenizers.write(trained, out, special)
     found = tokenizers.compression(trained, read())

@@ -212,14 +212,14 @@ class PackedLoader:
 
 
 def source_infos(dataset: PackedDataset) -> list[SourceInfo]:
-    """The sources of a packed set, for a mixture."""
+    """The sources of a packed set, for a mixture. A visit of which all was left out is none."""
     visit, tokens = dataset.index["visit"].to_numpy(), dataset.index["tokens"].to_numpy()
     names = list(dataset.about["ledger"])
     number = dataset.source_numbers()
     visits = range(int(visit.max()) + 1)
+    packs = [[np.flatnonzero((number == n) & (visit == one)) for one in visits] for n in range(len(names))]
     return [
-        SourceInfo(name, [np.flatnonzero((number == n) & (visit == one)) for one in visits], tokens)
-        for n, name in enumerate(names)
+        SourceInfo(name, [one for one in some if len(one)], tokens) for name, some in zip(names, packs, strict=True)
     ]
 
 

@@ -400,7 +400,8 @@ def read_ids(path: Path) -> frozenset[str]:
     """Sample ids, one a line. Raises `DataError` where there is no such file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected sample ids, one a line")
-    return frozenset(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    # Blanks and what else may be in an id stay.
+    return frozenset(filter(None, (line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n"))))
 
 
 def members_in(data: bytes) -> dict[str, bytes]:

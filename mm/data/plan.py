@@ -81,7 +81,8 @@ def make_plan(path: Path, scans: dict[str, list[Path]], settings: PackSettings, 
             costs = np.stack([columns_of[budget][mine] for budget in settings.capacities], axis=1)
             rng = keyed_rng(settings.seed, "packs", name, visit)
             if settings.packing == "single":
-                packs = np.argsort(np.argsort(_place(len(mine), rng)))
+                # Stable, or what is at one place would be in another order on other processors.
+                packs = np.argsort(np.argsort(_place(len(mine), rng), kind="stable"), kind="stable")
             else:
                 packs = _near(pack(costs, list(settings.capacities.values())), costs, rng)
             # Inside a pack samples stand in a drawn order, so that a row does not open with its longest sample.

@@ -141,12 +141,11 @@ class PackJob:
         source = self.sources[which]
         known = self.identities[number]
         with self.cache.fetch(url, known) if is_remote(url) else contextlib.nullcontext(Path(url)) as local:
-            for kind in (".arrow", ".media", ".json"):
-                clear_partials(self._scan_path(number).with_suffix(kind))
+            clear_partials(*(self._scan_path(number).with_suffix(kind) for kind in (".arrow", ".media", ".json")))
             stays = not is_remote(url) and local.suffix == ".tar" and local.is_file() and not _is_gzip(local)
             scan_shard(
                 self._scan_path(number), source, local, source.shard_name(url), stays, self.layout, self.settings,
-                lambda samples: self.progress(f"scanning {source.name}", samples),
+                lambda samples: self.progress(f"scanning {source.name}", samples), is_remote(url),
             )  # fmt: skip
 
     def write(self, number: int) -> None:

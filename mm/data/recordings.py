@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from pydantic import Field, model_validator
@@ -22,7 +22,7 @@ from mm.data.audio import AUDIO_EXTENSIONS, cut_audio, probe_audio
 from mm.data.limits import Limits
 from mm.data.remote import is_remote
 from mm.data.sample import Media, Sample, Special
-from mm.data.shards import EXTENSIONS, Extent, Folder, Group, Placed, Shard, counted_out, in_root
+from mm.data.shards import EXTENSIONS, Extent, Folder, Group, Placed, Shard, counted_out, escaped, in_root, unescaped
 from mm.data.sources import Fields, FilesConfig, FilesSource, is_wanted, sample_id, shortened
 from mm.errors import DataError
 from mm.settings import Count, Number
@@ -136,7 +136,7 @@ class Recordings(FilesSource):
         media = self._media(group, "audio", where)
         fields = self._fields(group, where, limits)
         if self._table:
-            name = media.data.path if isinstance(media.data, Placed) else f"{group.key}.{media.ext}"
+            name = media.data.path if isinstance(media.data, Placed) else f"{unescaped(group.key)}.{media.ext}"
             if name not in self._rows:
                 return
             fields = {**fields, **self._rows[name]}
@@ -202,7 +202,11 @@ class Recordings(FilesSource):
                             f"{self._table}: no `file` in line {reader.line_num}, but {shortened(sorted(fields))}; "
                             "say which it is with `columns: {file: NAME}`"
                         )
-                    key = name if self._in_shards else os.path.abspath(os.path.join(self._top, name))
+                    if self._in_shards:
+                        path = PurePosixPath(name)
+                        key = str(path.with_suffix(path.suffix.lower()))
+                    else:
+                        key = os.path.abspath(os.path.join(self._top, name))
                     if key in rows:
                         raise DataError(f"{self._table}: two lines for {name}; expected one with all of it")
                     rows[key] = fields
@@ -241,7 +245,7 @@ class _Recordings(Folder):
                 yield DataError(f"{path}: {error.strerror}")
                 continue
             # What stands behind a # is the number of a clip.
-            yield Group(self, name.replace("%", "%25").replace("#", "%23"), members)
+            yield Group(self, escaped(name), members)
 
 
 def _is_meant(name: str, pattern: str) -> bool:

@@ -52,6 +52,8 @@ class _View(io.RawIOBase):
 
     def __init__(self, handle: int, offset: int, size: int, owned: bool = False) -> None:
         self._handle, self._offset, self._size, self._at, self._owned = handle, offset, size, 0, owned
+        self.failure: OSError | None = None
+        """Of the disk: decoders take it for the end of the file, or for damage."""
 
     def close(self) -> None:
         if self._owned and not self.closed:
@@ -72,10 +74,24 @@ class _View(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        data = os.pread(self._handle, max(0, min(len(buffer), self._size - self._at)), self._offset + self._at)
+        try:
+            data = os.pread(self._handle, max(0, min(len(buffer), self._size - self._at)), self._offset + self._at)
+        except OSError as error:
+            self.failure = error
+            raise
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+class _Buffered(io.BufferedReader):
+    """Of a `_View`. Leaving its `with` raises what the disk did, whatever a decoder made of it."""
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        assert isinstance(self.raw, _View)
+        if self.raw.failure is not None:
+            raise self.raw.failure from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +115,16 @@ class Extent:
         return os.pread(self.file.fileno(), self.size - done, self.offset + done)
 
     def open(self) -> BinaryIO:
-        return io.BufferedReader(_View(self.file.fileno(), self.offset, self.size), 4096)
+        return _Buffered(_View(self.file.fileno(), self.offset, self.size), 4096)
+
+
+def escaped(key: str) -> str:
+    """A name as part of an id, where `#` stands before the number of a piece."""
+    return key.replace("%", "%25").replace("#", "%23")
+
+
+def unescaped(key: str) -> str:
+    return key.replace("%23", "#").replace("%25", "%")
 
 
 class Stale(DataError):
@@ -133,7 +158,7 @@ class Placed:
             handle = os.open(self.path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.path}: {error.strerror}") from None
-        return io.BufferedReader(_View(handle, self.offset, self.size, owned=True), 4096)
+        return _Buffered(_View(handle, self.offset, self.size, owned=True), 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +371,7 @@ class Tar:
             this, ext = (f"{folder}/{stem}" if folder else stem), ext.lower()
             if this != key:
                 if members:
-                    yield Group(self, key, members)
+                    yield Group(self, escaped(key), members)
                 key, members, apart = this, {}, this in seen
                 seen.add(this)
                 if apart:
@@ -361,7 +386,7 @@ class Tar:
             else:
                 members[ext] = member
         if members:
-            yield Group(self, key, members)
+            yield Group(self, escaped(key), members)
 
     def members(self) -> Iterator[tuple[str, Extent] | DataError]:
         """Every plain file by its name, in order."""

@@ -296,7 +296,7 @@ class Pairs(TemplatesSource):
                 for k, (span, one) in enumerate(_timed(fields, where))
                 if self._wanted(one)
             ]
-        captions = [one for one in self._captions(group, fields, where, limits) if self._wanted(one)]
+        captions = [one for one in self._captions(group, fields, where, limits) if self._wanted({**fields, **one})]
         if not captions or is_small(media, self._min_side, where, limits):
             return []  # left out, and counted so
         if self._config.captions == "first":
@@ -422,7 +422,8 @@ def is_small(part: Part, min_side: int, where: str, limits: Limits) -> bool:
     """Whether it is a picture with a shorter side than that, in pixels. Raises `DataError` for an unreadable one."""
     if min_side == 1 or not isinstance(part, Media) or part.kind != "image":
         return False
-    header = probe_image(part.open(), where, limits.pixels)
+    with part.open() as file:
+        header = probe_image(file, where, limits.pixels)
     return min(header.width, header.height) < min_side
 
 

@@ -134,7 +134,8 @@ class JsonArray(JsonLines):
                 at += in_array
                 continue
             if in_array and text[at : at + 1] == "]":
-                return
+                at, in_array = at + 1, None  # another may begin behind it
+                continue
             if at < len(text):
                 try:
                     value, at = scan(text, at)

@@ -384,11 +384,13 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
     if media.size > limits.media_bytes:
         raise DataError(f"{where}: its {media.kind} has {media.size:,} bytes, over data.max_media_bytes")
     if media.kind == "image" and layout.image is not None:
-        picture = probe_image(media.open(), where, limits.pixels)
+        with media.open() as file:
+            picture = probe_image(file, where, limits.pixels)
         length, cost = layout.image.count(picture)
         return SegmentMedia(media.kind, 0, length, cost, media, layout.image.plan(picture))
     if media.kind == "audio" and layout.audio is not None:
-        header = probe_audio(media.open(), where, limits.seconds)
+        with media.open() as file:
+            header = probe_audio(file, where, limits.seconds)
         samples = planned_samples(header, layout.audio.sampling_rate, media.span, where)
         if samples < layout.audio.window:
             raise DataError(
@@ -399,12 +401,13 @@ def _probe(media: Media, layout: Layout, where: str, limits: Limits) -> SegmentM
         plan = {"samples": samples, **({"span": list(media.span)} if media.span else {})}
         return SegmentMedia(media.kind, 0, length, cost, media, plan)
     if media.kind == "video" and layout.video is not None:
-        clip = probe_video(media.open(), where, limits.pixels, limits.seconds)
+        with media.open() as file:
+            clip = probe_video(file, where, limits.pixels, limits.seconds)
         times = frame_times(clip, layout.video.frames, media.span, where)
         length, cost = layout.video.count()
         plan = {"times": [round(time, 6) for time in times]}
         if media.span and (share := share_of(clip, times, media.ext)) < 0.5:
-            plan["part"] = round(share, 3)
+            plan["part"] = max(0.001, round(share, 3))
         return SegmentMedia(media.kind, 0, length, cost, media, plan)
     raise DataError(f"{where}: the model takes no {media.kind}")
 

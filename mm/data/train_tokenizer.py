@@ -4,6 +4,7 @@ All pieces are of bytes, so every text can be spelt. Extending goes on with BPE'
 what it had stays as it was and comes first, so an old token is what it was, and texts only get shorter.
 """
 
+import contextlib
 import heapq
 import json
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mm.data.config import DataConfig
 from mm.data.limits import Limits
+from mm.data.remote import RemoteCache, is_remote
 from mm.data.sample import Text
 from mm.data.sources import Source, TextConfig
 from mm.errors import ConfigError, DataError
@@ -39,14 +41,17 @@ def texts_of(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     return texts_in([TextConfig(path=path).build("") for path in paths])
 
 
-def texts_in(sources: Sequence[Source]) -> Iterator[tuple[str, str]]:
-    """The same of sources: of those documents that a run would see, without metadata."""
+def texts_in(sources: Sequence[Source], cache: RemoteCache | None = None) -> Iterator[tuple[str, str]]:
+    """The same of sources: of those documents that a run would see, without metadata. `cache`: of remote shards."""
     limits = Limits()
     for source in sources:
         for name in source.shards():
             ends = PurePath(name).suffixes
             kind = "".join(ends[-2:] if ends[-1:] in ([".gz"], [".zst"]) else ends[-1:])
-            with source.open(name, limits) as shard:
+            if is_remote(name) and cache is None:
+                raise ConfigError(f"{name}: remote files are read through the cache of a run; give its config")
+            fetched = cache.fetch(name) if cache and is_remote(name) else contextlib.nullcontext(Path(name))
+            with fetched as local, source.open(str(local), limits) as shard:
                 shard.name = source.shard_name(name)  # which `part` goes by
                 for group in shard.groups():
                     if isinstance(group, DataError):

@@ -311,10 +311,13 @@ def _rotation(container: "InputContainer") -> int:
 def _stated_seconds(container: "InputContainer", stream: "av.VideoStream") -> float | None:
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
+    # Matroska says when a stream ends on the file's clock, which its first frame need not be at the beginning of.
+    is_matroska = "matroska" in container.format.name
+    begin = float((stream.start_time or 0) * (stream.time_base or 0)) if is_matroska else 0.0
     if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) - begin
     if container.duration and not container.streams.audio:  # of the longest stream
-        return container.duration / 1_000_000
+        return container.duration / 1_000_000 - begin
     return None
 
 

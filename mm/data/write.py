@@ -57,7 +57,7 @@ def write_shard(work: Path, number: int, scanned: list[Scanned]) -> None:
     name = f"packs-{number:06d}.tar"
     rows = _rows(Plan.read(work / "plan.arrow").of_shard(number), scanned)
     entries: list[dict[str, Any]] = []
-    clear_partials(work / "out" / name, work / "parts")
+    clear_partials(work / "parts" / name)
     with contextlib.closing(_Files(scanned)) as files, atomic(work / "out" / name, work / "parts") as file:
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for pack, found in groupby(rows, key=lambda row: row["pack"]):
@@ -121,7 +121,7 @@ def _segment(row: dict[str, Any], files: "_Files") -> Segment:
     for one in row["media"]:
         data = files.read(row["from"], one)
         plan = json.loads(one["plan"]) if one["plan"] else {}
-        if plan.pop("part", None):  # or every part of a long video would bring all of it along
+        if plan.pop("part", None) is not None:  # or every part of a long video would bring all of it along
             data, plan["times"] = cut_video(data, plan["times"], one["ext"])
         encoded = Media(one["kind"], data, one["ext"])
         media.append(SegmentMedia(one["kind"], one["position"], one["length"], one["cost"], encoded, plan))

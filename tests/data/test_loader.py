@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mm.data.batch import PackedBatch
 from mm.data.layout import Layout
-from mm.data.loader import PackedLoader, one_pass
+from mm.data.loader import PackedLoader, one_pass, source_infos
 from mm.data.packed import PackedDataset
 from mm.errors import DataError
 
@@ -73,6 +74,16 @@ def test_resumed_with_other_workers_and_micro_batches(
     after = rows(list(second.batches((total - 12) // resumed_rows)))
     assert before + after == expected
     assert second.state_dict()["mixture"]["position"] == total
+
+
+def test_a_visit_without_packs_is_left_out(packed: PackedDataset) -> None:
+    """As where its only caption is longer than a row."""
+    whole = source_infos(packed)
+    dataset = PackedDataset(packed.folder)
+    visits = dataset.index["visit"].to_numpy() != 1
+    dataset.index = dataset.index.filter(pa.array(visits))
+    for info, before in zip(source_infos(dataset), whole, strict=True):
+        assert len(info.visits) == len(before.visits) - 1 and all(map(len, info.visits))
 
 
 def test_reading_leaves_the_global_generators_alone(make: Loader) -> None:

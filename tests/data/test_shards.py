@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mm.data import shards
 from mm.data.limits import Limits
+from mm.data.packed import names_of
 from mm.data.shards import Group, Tar, expand, open_shard
 from mm.errors import DataError
 
@@ -184,6 +185,14 @@ def test_names_that_only_look_odd_are_read(tmp_path: Path) -> None:
     names = ["a..b.jpg", "..c.jpg/d.jpg", "s3:e.jpg", "a b　c.jpg", "back\\slash.jpg"]
     (tmp_path / "x.tar").write_bytes(tar_bytes([(name, b"x") for name in names]))
     assert list(read(tmp_path / "x.tar")) == ["a", "..c.jpg/d", "s3:e", "a b　c", "back\\slash"]
+
+
+def test_a_sign_that_pieces_are_told_by_is_another_one_in_an_id(tmp_path: Path) -> None:
+    files = [("C.txt", b"a"), ("C#.txt", b"b"), ("C#0.txt", b"c"), ("50%.txt", b"d")]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    keys = [*read(tmp_path / "x.tar")]
+    assert keys == ["C", "C%23", "C%230", "50%25"]
+    assert [key for key in keys if "m/x/C" in names_of(f"m/x/{key}")] == ["C"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])

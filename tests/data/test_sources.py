@@ -194,6 +194,15 @@ def test_only_keeps_captions_with_the_given_fields(samples_in: Callable[..., Any
         assert found == [], "left out rather than bad"
 
 
+def test_only_looks_at_the_fields_of_the_sample_too(read: Callable[..., Any], picture: Callable[..., bytes]) -> None:
+    fields = {"language": "en", "captions": [{"text": "a"}, {"text": "b", "language": "de"}]}
+    english = {"language": "en"}
+    sample = only(read({"a": {"png": picture(), "json": json.dumps(fields).encode()}}, only=english))
+    assert [part.text for part in sample.parts if isinstance(part, Text)] == ["a"]
+    sample = only(read({"a": {"png": picture(), "json": b'{"caption": "c", "language": "en"}'}}, only=english))
+    assert [part.text for part in sample.parts if isinstance(part, Text)] == ["c"]
+
+
 def test_sound_with_captions_labels_or_nothing(
     tmp_path: Path, write_shard: Callable[..., Path], samples_in: Callable[..., Any], sound: Callable[..., bytes]
 ) -> None:

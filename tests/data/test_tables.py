@@ -235,6 +235,16 @@ def test_blank_lines_and_a_missing_end_of_line(tmp_path: Path, samples_in: Calla
     assert samples_in(tmp_path / "x.jsonl", {"kind": "text"}) == []
 
 
+def test_arrays_one_behind_the_other_are_read_to_the_end(tmp_path: Path, samples_in: Callable[..., Found]) -> None:
+    (tmp_path / "x.json").write_bytes(b'[{"text": "a"}, {"text": "b"}]\n[{"text": "c"}]\n[]\n{"text": "d"}\n')
+    found = samples_in(tmp_path / "x.json", {"kind": "text"})
+    assert [one.parts[0].text for (one,) in found] == ["a", "b", "c", "d"]
+    for behind in (b"garbage", b"]"):
+        (tmp_path / "x.json").write_bytes(b'[{"text": "a"}] ' + behind)
+        (_, error) = samples_in(tmp_path / "x.json", {"kind": "text"})
+        assert isinstance(error, DataError) and "damaged after 1 rows" in str(error)
+
+
 def test_what_is_no_row_is_a_bad_sample(tmp_path: Path, samples_in: Callable[..., Found]) -> None:
     lines = [b'{"text": "a"}', b"[1]", b"nonsense", b'{"text": "\xff"}', b'{"text": 1e999}', b"\0", b'{"text": "b"}']
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))

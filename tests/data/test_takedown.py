@@ -11,7 +11,7 @@ import torch
 from mm.data.check import check
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader, one_pass
-from mm.data.packed import PackedDataset
+from mm.data.packed import PackedDataset, read_ids
 from mm.data.takedown import take_down
 
 GONE = {f"pictures/000/{n:06d}" for n in (3, 11, 12)} | {"pictures/001/000044"}
@@ -73,6 +73,13 @@ def test_loading_leaves_them_out_and_moves_nothing(packed: PackedDataset, folder
             assert len(one.media["image"]) == sum(map(len, one.ids))
     assert seen > 5
     assert not GONE & {id for batch in one_pass(PackedDataset(folder), layout, 4) for ids in batch.ids for id in ids}
+
+
+def test_ids_are_read_as_they_are(tmp_path: Path) -> None:
+    """Blanks and line separators of other kinds may be in a name; a byte-order mark is none."""
+    ids = ["m/0/a ", " m/0/b", "m/0/c\u2028d", "m/0/e\x85"]
+    (tmp_path / "ids.txt").write_text("\ufeff" + "\r\n".join(ids) + "\n\n", newline="")
+    assert read_ids(tmp_path / "ids.txt") == frozenset(ids)
 
 
 def test_an_id_takes_all_pieces_with_it(

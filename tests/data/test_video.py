@@ -102,6 +102,16 @@ def test_the_frame_shown_at_each_time(name: str) -> None:
     assert numbers(found) == list(range(60))
 
 
+@pytest.mark.parametrize(("name", "sound"), [("mkv", False), ("webm vp9", False), ("mkv", True), ("mp4", True)])
+def test_a_clip_that_begins_late_is_as_long_as_it_is_shown(name: str, sound: bool) -> None:
+    """Matroska says when a stream ends on a clock that it need not begin at 0 of."""
+    data = clip(name, pts=[2000 + 50 * i for i in range(60)], sound=sound)
+    header = probed(data)
+    assert header.seconds == pytest.approx(3.0, abs=0.1)
+    times = frame_times(header, 6)
+    assert numbers(decode_video(data, times, PLAIN, "s")) == [int(time / 0.05) for time in times]
+
+
 def test_frames_without_times_of_their_own_come_in_order() -> None:
     """Some writers store decoding times alone, though the codec reorders: box.mp4 of OpenCV's samples is one."""
     file = io.BytesIO()
