@@ -284,19 +284,20 @@ def take_over(system: System, tensors: dict[str, Tensor], convert: str | None, w
         for name, tensor in taken.items():
             own[name].copy_(tensor)
     return [
-        *_by_part([name for name in own if name not in taken], f"begin as random values: they are not in {where}"),
-        *_by_part([name for name in tensors if name not in own], f"of {where} have no place in this model"),
+        *(f"{name} begins as random values: not in {where}" for name in own if name not in taken),
+        *(f"{name} of {where} has no place in this model" for name in tensors if name not in own),
     ]
 
 
-def _by_part(names: Sequence[str], what: str) -> list[str]:
-    """A line for each part of a model, with how many of its tensors are meant, and one of them."""
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(name.partition(".")[0], []).append(name)
+def by_part(left: Sequence[str]) -> list[str]:
+    """What `take_over` returns, in a line for each part of a model."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for line in left:
+        name, _, what = line.partition(" ")
+        parts.setdefault((name.partition(".")[0], what), []).append(name)
     return [
-        f"{len(some)} tensors of {part} {what} ({some[0]}{', …' if len(some) > 1 else ''})"
-        for part, some in parts.items()
+        f"{some[0]} {what}" + (f", and so for {len(some) - 1} more of {part}" if len(some) > 1 else "")
+        for (part, what), some in parts.items()
     ]
 
 

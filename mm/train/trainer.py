@@ -46,7 +46,7 @@ from mm.train.moments import take_moments
 from mm.train.params import freeze, parameter_groups
 from mm.train.profile import Profiler
 from mm.train.run_folder import RunFolder
-from mm.train.stages import Stage, check_rates, initial_tensors, open_stages, take_over, trained_system
+from mm.train.stages import Stage, by_part, check_rates, initial_tensors, open_stages, take_over, trained_system
 from mm.train.step import Counted, Done, Stepper, count, counted
 
 SETTLE = 60
@@ -242,11 +242,12 @@ class Trainer:
     def _enter(self, stage: Stage, newest: Path | None) -> None:
         """Build a stage's model and optimizer; fill them from a checkpoint of this stage, or of what it starts from."""
         config, train = stage.config, stage.config.train
-        for name in ("engine", "stepper", "ema", "aside"):  # what the stage before had on the device
-            vars(self).pop(name, None)
-        gc.collect()  # modules are in circles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if stage is not self.stages[0] and "stepper" in vars(self):
+            for name in ("engine", "stepper", "ema", "aside"):  # what the stage before had on the device
+                vars(self).pop(name, None)
+            gc.collect()  # modules are in circles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         self.stage, self.layout, self.splits = stage, stage.layout, stage.splits
         state = checkpoint.read_state(newest) if newest else None
         same = state is not None and state["progress"]["stage"] == stage.number
@@ -323,7 +324,7 @@ class Trainer:
             return
         left = take_over(system, tensors, stage.convert, where)
         self.watcher.event(f"weights from {where}")
-        for line in left:
+        for line in by_part(left):
             self.watcher.event(line)
 
     def _go_on(self, stage: Stage, newest: Path) -> None:
@@ -412,7 +413,11 @@ class Trainer:
         """Evaluate, log and save what is due after a step; whether the stage ends here."""
         step, train = self.progress.step, stage.config.train
         last = self.progress.stage_step == stage.steps
-        evaluated = _due(step, stage.config.evaluation.every) and (last or not self._stopping)
+        if stopped := bool(self._stopping):  # first of all: there may be no time for more
+            with timer.excluded():
+                self._save(stage)
+                self._wait(stage)
+        evaluated = _due(step, stage.config.evaluation.every)
         row = self._row(stage, totals, done, lr)
         best = False
         if evaluated:
@@ -434,7 +439,8 @@ class Trainer:
             if log is not None and (problem := log.write({**row, "elapsed": round(self.progress.seconds, 3)})):
                 self.watcher.event(problem)
             self.watcher.step(row, step - self.progress.stage_step + stage.steps)
-        if last or self._stopping or best or _due(step, train.save_every):
+        leaving = bool(self._stopping) and (evaluated or not stopped)
+        if last or leaving or best or _due(step, train.save_every):
             with timer.excluded():
                 self._save(stage, best)
         if self._stopping and not (last and stage.number + 1 == len(self.stages)):
@@ -623,7 +629,7 @@ class Trainer:
             failed, interrupt, terminate = world.sum([float(error is not None), *own])
             if failed:
                 raise error or RankFailed(f"another rank cannot read its data of the {split} split")
-            if interrupt or terminate:
+            if (interrupt or terminate) and not self._stopping:
                 self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
                 raise _Stopped
             if batch is None:

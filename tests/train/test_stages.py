@@ -13,7 +13,7 @@ from mm.config import RunConfig, load_config
 from mm.errors import CheckpointError, ConfigError
 from mm.train.checkpoint import find, model_tensors
 from mm.train.metrics import read_metrics
-from mm.train.stages import initial_tensors, model_tensors_of, take_over, trained_system
+from mm.train.stages import by_part, initial_tensors, model_tensors_of, take_over, trained_system
 from mm.train.trainer import Interrupted, Trainer, Unwatched
 
 ALIGN = {
@@ -84,9 +84,10 @@ def test_what_is_not_taken_over_is_said_part_by_part(tiny_config: Callable[..., 
     system = tiny_config().model.build(weights=False)
     tensors = {name: tensor for name, tensor in model_tensors(system).items() if not name.startswith("vision")}
     count = len(model_tensors(system)) - len(tensors)
-    (missing, other) = take_over(system, {**tensors, "head.x": torch.ones(2)}, None, "here")
-    assert missing.startswith(f"{count} tensors of vision begin as random values: they are not in here (vision.")
-    assert other == "1 tensors of head of here have no place in this model (head.x)"
+    missing, other = by_part(take_over(system, {**tensors, "head.x": torch.ones(2)}, None, "here"))
+    assert missing.startswith("vision.")
+    assert missing.endswith(f" begins as random values: not in here, and so for {count - 1} more of vision")
+    assert other == "head.x of here has no place in this model"
     with pytest.raises(CheckpointError, match=r"none of its tensors has the name of one of this model's: head.x there"):
         take_over(system, {"head.x": torch.ones(2)}, None, "here")
 

@@ -165,4 +165,4 @@ class FSDPEngine(SingleEngine):
     def sum_shards(self, values: Tensor) -> Tensor:
         # Over all ranks at once, so that all have the same bits to decide by, whatever copy they are of.
         dist.all_reduce(values)
-        return values.div_(self.copies)
+        return values if self.copies == 1 else values / self.copies

@@ -162,8 +162,8 @@ class Cosmo(GenerativeSystem, PooledSystem):
         like = self.resampler.latents
         known = {name: self.known_features(name, media, like.dtype) for name, media in _media(batch).items()}
         found = [self.connect(name, features) for name, features in known.items()]
-        # The shape is not that of the weight itself, of which a rank may have a part.
-        shape = (0, 1 + self.config.resampler.latents, self.vision.width)
+        # A plain tensor, whatever the weight is, and of its whole shape, which DeepSpeed keeps by another name.
+        shape = (0, *getattr(like, "ds_shape", like.shape))
         return torch.cat(found) if found else torch.zeros(shape, dtype=like.dtype, device=batch.labels.device)
 
     def _seen(self, batch: PackedBatch, latents: Tensor) -> MediaSeen:
