@@ -34,7 +34,7 @@ from mm.evals.conditioned import CONDITIONS, conditioned_losses
 from mm.hub import load
 
 STEPS, COOL = 720, 80
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1)
 METADATA = {"field": "url"}
 POOLS = ([0, 0.36], [0.36, 0.4])
