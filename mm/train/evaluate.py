@@ -125,7 +125,7 @@ def caption_loss(engine: SingleEngine, layout: Layout, batches: Iterable[PackedB
         if shuffled:
             own = batch.media
             batch = replace(batch, media={kind: _swapped(media, before.get(kind)) for kind, media in own.items()})
-            before |= {kind: media for kind, media in own.items() if len(media)}
+            before |= {kind: media for kind, media in own.items() if len(media) and not media.dummy}
         output = engine.forward(batch.to(engine.device))
         total += float(output.losses[name])
         count += int(output.counts[name])

@@ -1,7 +1,7 @@
 """The folder of a run: what may be in it, and whether it may be gone on with.
 
-`config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `guard.jsonl`, `tensorboard/`, `checkpoints/`, and at the end
-`eval.json`, `samples.json` and `samples/`. Rank 0 writes.
+`config.yaml`, `run.json`, `data.json`, `metrics.jsonl`, `guard.jsonl`, `quarantine.json`, `tensorboard/` and
+`checkpoints/`, at the end `eval.json`, `samples.json` and `samples/`; and `.lock`, held while it trains. Rank 0 writes.
 """
 
 import errno

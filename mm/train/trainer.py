@@ -25,7 +25,7 @@ from mm.data.config import Split
 from mm.data.features import medium_of
 from mm.data.layout import Layout
 from mm.data.loader import one_pass
-from mm.data.packed import PackedDataset
+from mm.data.packed import PackedDataset, names_of
 from mm.errors import ConfigError, DataError, MMError
 from mm.models.attention import choose_implementation
 from mm.models.system import GenerativeSystem, System
@@ -483,7 +483,8 @@ class Trainer:
         self.progress.bad += new
         rows = [{"id": id, "reason": reason} for id, reason in self.progress.bad]
         self._note(lambda: self.folder.write_json("quarantine.json", rows))
-        seen = {id for id, _ in self.progress.bad} - stage.splits["train"].dropped
+        dropped = stage.splits["train"].dropped
+        seen = {id for id, _ in self.progress.bad if not names_of(id) & dropped}
         total = sum(counts["segments"] for counts in stage.splits["train"].about["ledger"].values())
         if len(seen) > stage.config.data.max_bad_fraction * total:
             self._save_before_leaving(stage, self._behind)
