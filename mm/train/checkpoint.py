@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -39,6 +40,8 @@ PREFIX = "step-"
 TRIES, PATIENCE = 5, 60
 """So many saves in a row may fail for the disk, which may be mended meanwhile; the first is to be tried again after so
 many seconds, each further one after twice as many as the one before."""
+PAUSES = (5, 10, 20, 40)
+"""Seconds before one that nothing goes on without is tried again."""
 
 # Said at each save and load of one process. A filter for the time of a call would not hold: they run in two threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -205,6 +208,20 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the last save is on the disk, and raise what it raised."""
         if (failure := self.ended()) is not None:
+            raise failure
+
+    def insist(self, again: Callable[[], None], say: Callable[[str], None]) -> None:
+        """`wait`, but `save` what could not be written for the disk `again`, and again, before giving up."""
+        for pause in PAUSES:
+            failure = self.ended()
+            if not isinstance(failure, OSError):
+                break
+            say(f"the checkpoint could not be written ({failure}); trying again in {pause} s")
+            time.sleep(pause)
+            again()
+        else:
+            failure = self.ended()
+        if failure is not None:
             raise failure
 
     def settle(self, seconds: float) -> None:

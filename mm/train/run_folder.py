@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
+from mm.data.sample import Media
 from mm.errors import CheckpointError, ConfigError
 from mm.files import atomic
 from mm.train import checkpoint
@@ -166,6 +169,26 @@ class RunFolder:
         """Add lines of JSON."""
         with open(self.path / name, "a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def evaluation(self, about: dict[str, Any]) -> dict[str, Any] | None:
+        """What eval.json holds, if it is `about` this."""
+        path = self.path / "eval.json"
+        saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return saved if saved and about.items() <= saved.items() else None
+
+    def write_samples(self, found: Sequence[tuple[dict[str, str], Media, np.ndarray | None]]) -> None:
+        """samples.json and samples/: pictures with what a model says of them, and what it draws, uint8 [H, W, 3]."""
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        rows = []
+        for number, (sample, picture, drawn) in enumerate(found):
+            row = {**sample, "image": f"samples/{number:04d}.{picture.ext}"}
+            (self.path / row["image"]).write_bytes(picture.read())
+            if drawn is not None:
+                row["drawn"] = f"samples/{number:04d}-drawn.png"
+                Image.fromarray(drawn).save(self.path / row["drawn"])
+            rows.append(row)
+        self.write_json("samples.json", rows)
 
     def _write(self, name: str, text: str) -> None:
         with atomic(self.path / name) as file:

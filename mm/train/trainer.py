@@ -7,18 +7,14 @@ process runs this same loop; what they have to agree on (counts, a signal, damag
 
 import contextlib
 import gc
-import json
-import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 
 from mm.data.batch import MODALITIES, PackedBatch
 from mm.data.config import Split
@@ -45,7 +41,9 @@ from mm.train.metrics import MetricsLog, Throughput, check_trackers
 from mm.train.moments import take_moments
 from mm.train.params import freeze, parameter_groups
 from mm.train.profile import Profiler
+from mm.train.progress import Progress
 from mm.train.run_folder import RunFolder
+from mm.train.signals import Interrupted, Signals
 from mm.train.stages import Stage, by_part, check_rates, initial_tensors, open_stages, take_over, trained_system
 from mm.train.step import Counted, Done, Stepper, count, counted
 
@@ -53,10 +51,6 @@ SETTLE = 60
 """Seconds that a run which fails waits for a checkpoint that is being written."""
 DISK = 1800
 """Seconds at least that ranks which have written their part of a checkpoint wait for the others."""
-PAUSES = (5, 10, 20, 40)
-"""Seconds before a checkpoint that nothing goes on without is tried again."""
-IMPATIENCE = 30
-"""Seconds in which a further SIGTERM is the same one: schedulers and launchers both send it."""
 
 
 class Watcher(Protocol):
@@ -87,42 +81,6 @@ class _Stopped(Exception):
     """An evaluation was left, because the run is to stop."""
 
 
-class Interrupted(MMError):
-    """Ctrl-C or SIGTERM: the run was saved and can be resumed. `signal` says which."""
-
-    def __init__(self, text: str, signal: int) -> None:
-        super().__init__(text)
-        self.signal = signal
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a run has behind it; saved with every checkpoint."""
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    """Steps of the stage."""
-    ended: bool = False
-    """The stage ended before its last step: early, or for want of data."""
-    tokens: int = 0
-    loss_tokens: int = 0
-    modalities: dict[str, int] = field(default_factory=dict)
-    """Tokens by modality."""
-    skipped: int = 0
-    """Steps without an update, by the guard; their tokens are not counted above."""
-    skipped_tokens: int = 0
-    offending: list[int] = field(default_factory=list)
-    """The steps that were skipped since the last accepted one, by their number in the sequence of packs."""
-    best: float | None = None
-    """Of `train.best.metric`."""
-    stale: int = 0
-    """Evaluations since then."""
-    seconds: float = 0.0
-    bad: list[list[str]] = field(default_factory=list)
-    """(id, reason) of what was quarantined while loading."""
-
-
 class Trainer:
     """One run.
 
@@ -138,10 +96,7 @@ class Trainer:
         self.watcher = watcher if self.world.main else Unwatched()
         self.folder = RunFolder(Path(config.out))
         self.progress = Progress()
-        self._signal = 0
-        """The one that came to this process."""
-        self._stopping = 0
-        """The one that came to any process, once all know."""
+        self.signals = Signals()
         self._last: tuple[bool, dict[str, Any] | None] = False, None
         """What the last save was of: whether it was the best, and the loader's state if not the present one."""
         self._otherwise: tuple[float | None, int] = None, 0
@@ -181,7 +136,7 @@ class Trainer:
                 rank=self.world.rank,
                 timeout=max(train.hang_timeout, DISK),
             )
-            with self._signals():
+            with self.signals.caught(self.watcher.event):
                 try:
                     result = self._run(newest)
                 except Exception:
@@ -399,7 +354,7 @@ class Trainer:
                         continue
                     if done.verdict.accept and self.ema:
                         self.ema.update()
-                    self._advance(totals, done.verdict.accept)
+                    self.progress.advance(totals, self._learned(totals), done.verdict.accept)
                     timer.add(totals.tokens, self._learned(totals), flops * totals.tokens)
                     if self._after(stage, log, timer, totals, done, lr):
                         break
@@ -413,7 +368,7 @@ class Trainer:
         """Evaluate, log and save what is due after a step; whether the stage ends here."""
         step, train = self.progress.step, stage.config.train
         last = self.progress.stage_step == stage.steps
-        if stopped := bool(self._stopping):  # first of all: there may be no time for more
+        if stopped := bool(self.signals.agreed):  # first of all: there may be no time for more
             with timer.excluded():
                 self._save(stage)
                 self._wait(stage)
@@ -439,13 +394,13 @@ class Trainer:
             if log is not None and (problem := log.write({**row, "elapsed": round(self.progress.seconds, 3)})):
                 self.watcher.event(problem)
             self.watcher.step(row, step - self.progress.stage_step + stage.steps)
-        leaving = bool(self._stopping) and (evaluated or not stopped)
+        leaving = bool(self.signals.agreed) and (evaluated or not stopped)
         if last or leaving or best or _due(step, train.save_every):
             with timer.excluded():
                 self._save(stage, best)
-        if self._stopping and not (last and stage.number + 1 == len(self.stages)):
+        if self.signals.agreed and not (last and stage.number + 1 == len(self.stages)):
             self._wait(stage)
-            raise Interrupted(self._resume_hint(), self._stopping)
+            raise Interrupted(self._resume_hint(), self.signals.agreed)
         return last
 
     def _next(self, steps: Iterator[list[PackedBatch]]) -> tuple[list[PackedBatch], Exception | None]:
@@ -461,12 +416,11 @@ class Trainer:
         last checkpoint to be written again."""
         self.world.at(self.progress.step + 1, "counting")
         bad = [[id, reason] for batch in batches for id, reason in batch.bad]
-        own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
-        own += [float(error is not None), float(len(bad)), float(self.checkpoints.to_be_repeated())]
+        own = [*self.signals.counts(), float(error is not None), float(len(bad))]
+        own.append(float(self.checkpoints.to_be_repeated()))
         own += count(self.system, batches, self.stepper.sources)
         interrupt, terminate, failed, damaged, unsaved, *values = self.world.sum(own)
-        if interrupt or terminate:
-            self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
+        self.signals.agree((interrupt, terminate))
         if failed:
             # What was learned is worth keeping: damaged data is found late, and the run can go on once it is mended.
             self._save_before_leaving(stage, self._behind)
@@ -492,18 +446,6 @@ class Trainer:
                 f"{len(seen)} of {total} samples are unreadable, more than data.max_bad_fraction = "
                 f"{stage.config.data.max_bad_fraction:g}; see {self.out / 'quarantine.json'}; the latest: {new[-1][1]}"
             )
-
-    def _advance(self, totals: Counted, updated: bool) -> None:
-        progress = self.progress
-        progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
-        if not updated:
-            progress.skipped, progress.skipped_tokens = progress.skipped + 1, progress.skipped_tokens + totals.tokens
-            return
-        progress.offending = []
-        progress.tokens += totals.tokens
-        progress.loss_tokens += self._learned(totals)
-        for kind, number in totals.modalities.items():
-            progress.modalities[kind] = progress.modalities.get(kind, 0) + number
 
     def _skipped(self, stage: Stage, batches: list[PackedBatch], totals: Counted, done: Done) -> bool:
         """Write down that a step was left out; rewinds when there were too many in a row, and says whether it did."""
@@ -626,12 +568,10 @@ class Trainer:
             except Exception as problem:
                 error = problem
             # All have as many batches, and leave together.
-            own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
-            failed, interrupt, terminate = world.sum([float(error is not None), *own])
+            failed, *came = world.sum([float(error is not None), *self.signals.counts()])
             if failed:
                 raise error or RankFailed(f"another rank cannot read its data of the {split} split")
-            if (interrupt or terminate) and not self._stopping:
-                self._stopping = signal.SIGINT if interrupt else signal.SIGTERM
+            if self.signals.agree(came):
                 raise _Stopped
             if batch is None:
                 return
@@ -646,13 +586,8 @@ class Trainer:
             return False
         if best.metric not in row:
             raise ConfigError(f"train.best.metric {best.metric}: not measured; there is {', '.join(sorted(row))}")
-        value, before = row[best.metric], self.progress.best
-        better = math.isfinite(value) and (
-            before is None or (value < before if best.better == "lower" else value > before)
-        )
-        self._otherwise = (before, self.progress.stale + 1)
-        self.progress.best, self.progress.stale = (value, 0) if better else self._otherwise
-        return better
+        self._otherwise = (self.progress.best, self.progress.stale + 1)
+        return self.progress.judge(row[best.metric], best.better == "lower")
 
     def _save(self, stage: Stage, best: bool = False, loader: dict[str, Any] | None = None) -> None:
         """`loader`: its state, where that is not the present one."""
@@ -678,18 +613,8 @@ class Trainer:
         self.world.at(self.progress.step, "saved")
 
     def _wait(self, stage: Stage) -> None:
-        """Until the last save is on the disk; one that failed for the disk is tried again, on all ranks."""
-        for pause in PAUSES:
-            failure = self.checkpoints.ended()
-            if not isinstance(failure, OSError):
-                break
-            self.watcher.event(f"the checkpoint could not be written ({failure}); trying again in {pause} s")
-            time.sleep(pause)
-            self._save(stage, *self._last)
-        else:
-            failure = self.checkpoints.ended()
-        if failure is not None:
-            raise failure
+        """Until the last save is on the disk."""
+        self.checkpoints.insist(lambda: self._save(stage, *self._last), self.watcher.event)
 
     def _note(self, write: Callable[[], None]) -> None:
         """On rank 0, what the run can do without: a full disk is no reason to end."""
@@ -710,7 +635,7 @@ class Trainer:
             return {}
         config, settings = stage.config, stage.config.evaluation
         about = {"step": self.progress.step, "seed": config.seed, "evaluation": settings.model_dump(mode="json")}
-        saved = self.world.gather(self._saved_evaluation(about))[0]
+        saved = self.world.gather(self.folder.evaluation(about) if self.world.main else None)[0]
         if saved is not None:
             self.watcher.event(f"{self.out} is complete: nothing is left to do")
             return saved
@@ -735,27 +660,11 @@ class Trainer:
             self.folder.write_json("eval.json", result)
         return result
 
-    def _saved_evaluation(self, about: dict[str, Any]) -> dict[str, Any] | None:
-        if not self.world.main or not (self.out / "eval.json").exists():
-            return None
-        saved: dict[str, Any] = json.loads((self.out / "eval.json").read_text())
-        return saved if about.items() <= saved.items() else None
-
     def _write_samples(self, stage: Stage, count: int) -> None:
-        rows = []
         with self._on_pictures(stage) as (layout, test):
             found = evaluate.caption_samples(self.engine, layout, test, count, stage.config.seed)
-        if not self.world.main or not found:
-            return
-        (self.out / "samples").mkdir(exist_ok=True)
-        for number, (sample, picture, drawn) in enumerate(found):
-            row = {**sample, "image": f"samples/{number:04d}.{picture.ext}"}
-            (self.out / row["image"]).write_bytes(picture.read())
-            if drawn is not None:
-                row["drawn"] = f"samples/{number:04d}-drawn.png"
-                Image.fromarray(drawn).save(self.out / row["drawn"])
-            rows.append(row)
-        self.folder.write_json("samples.json", rows)
+        if self.world.main and found:
+            self.folder.write_samples(found)
 
     @contextlib.contextmanager
     def _on_pictures(self, stage: Stage) -> Iterator[tuple[Layout, PackedDataset]]:
@@ -798,35 +707,9 @@ class Trainer:
     def _raise_if_stopped(self) -> None:
         """Of the evaluation at the end: on one rank a signal may have come, and all have to leave together."""
         self.world.at(self.progress.step, "evaluating")
-        own = [float(self._signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
-        interrupt, terminate = self.world.sum(own)
-        if interrupt or terminate:
-            raise Interrupted(self._resume_hint(), signal.SIGINT if interrupt else signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM lets the step end and saves; a second one ends at once."""
-
-        def note(number: int, frame: Any) -> None:
-            if self._signal == signal.SIGTERM == number and time.monotonic() - first[0] < IMPATIENCE:
-                return
-            if self._signal == number:
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-                return
-            self._signal, first[0] = number, time.monotonic()
-            self.watcher.event("stopping after this step; again to stop at once")
-
-        first = [0.0]
-        before: dict[int, Any] = {}
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            with contextlib.suppress(ValueError):  # signals belong to the main thread; a library user may be elsewhere
-                before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.signals.agree(self.world.sum(self.signals.counts()))
+        if self.signals.agreed:
+            raise Interrupted(self._resume_hint(), self.signals.agreed)
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,9 +14,10 @@ from mm.data.loader import PackedLoader
 from mm.data.prepare import open_splits
 from mm.errors import ConfigError
 from mm.train.distributed import World
+from mm.train.signals import Interrupted
 from mm.train.stages import Stage, open_stages
 from mm.train.step import Counted
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Trainer, Unwatched
 
 TEXTS = [f"Text {n}. " + " ".join(f"word {n * k}" for k in range(n % 9 + 3)) for n in range(90)]
 SMALL = {
@@ -71,7 +72,7 @@ class Seeing(Trainer):
         rows = [tuple(ids) for batch in batches for ids in batch.ids if ids]
         self.rows.setdefault(stage.number, []).extend(rows)
         if self.stop and self.progress.step + 1 == self.stop:
-            self._signal = 2
+            self.signals.seen = 2
         return super()._agree(stage, batches, error)
 
 

@@ -17,7 +17,8 @@ from mm.errors import ConfigError
 from mm.train.estimate import estimate
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer
 
 SOURCE = {"kind": "captions", "path": "builtin:emoji/validation-*.tar.gz", "prompt": "{language}: "}
 TEXT = {"kind": "text", "name": "text"}

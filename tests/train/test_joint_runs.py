@@ -23,7 +23,8 @@ from mm.errors import ConfigError
 from mm.hub import load
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer, Unwatched
 
 STEADY = ("train.optimizer={kind: adamw, lr: 2e-3, eps: 1e-6}", "train.schedule={kind: constant, warmup: 0}")
 

@@ -19,8 +19,9 @@ from mm.models import attention
 from mm.models.system import GenerativeSystem, Output
 from mm.train import checkpoint
 from mm.train.metrics import read_metrics
+from mm.train.signals import Interrupted
 from mm.train.step import Stepper
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Trainer, Unwatched
 
 NO_TEST = ("data.test=[]", "data.validation=[]")
 Config = Callable[..., RunConfig]
@@ -60,7 +61,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(knob: str, tiny_config: Config, tmp_p
 
     class Stop(Unwatched):
         def step(self, row: dict[str, Any], steps: int) -> None:
-            trainer._signal = 2 if row["step"] == 3 else 0
+            trainer.signals.seen = 2 if row["step"] == 3 else 0
 
     trainer = Trainer(tiny_config(*settings, f"out={tmp_path / 'parts'}"), Stop())
     with pytest.raises(Interrupted):

@@ -27,7 +27,8 @@ from mm.models.generate import generate, log_likelihoods
 from mm.models.prompts import Decoding
 from mm.models.systems.text_lm.config import TextLMConfig
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer, Unwatched
 
 HOSTS = ("north.org", "south.org")
 TEXTS = [f"Text {n}. " + " ".join(f"word {n * k}" for k in range(n % 6 + 3)) for n in range(120)]
@@ -122,7 +123,7 @@ def test_stopped_anywhere_and_resumed(meco: Callable[..., RunConfig], whole: Tra
 
     class Stop(Unwatched):
         def step(self, row: dict[str, Any], steps: int) -> None:
-            trainer._signal = 2 if row["step"] == stop else 0
+            trainer.signals.seen = 2 if row["step"] == stop else 0
 
     trainer = Trainer(meco(out), Stop())
     with pytest.raises(Interrupted):

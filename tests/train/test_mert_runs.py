@@ -15,7 +15,8 @@ from whole_runs import StopAt, train, weights
 
 from mm.config import load_config
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer
 
 DROPPED = {**MODEL, "encoder": {"config": {**HUBERT, "layerdrop": 0.3}}}
 

@@ -23,7 +23,8 @@ from mm.report import report_page
 from mm.train.estimate import estimate
 from mm.train.features import encode
 from mm.train.metrics import read_metrics
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer, Unwatched
 
 SOURCE = {"kind": "captions", "prompt": "{language}: ", "path": "builtin:emoji/validation-*.tar.gz"}
 SEVERAL: dict[str, Any] = {"text": 4, "image": 4}

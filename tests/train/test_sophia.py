@@ -47,8 +47,9 @@ from mm.train.metrics import read_metrics
 from mm.train.optim.config import SophiaConfig
 from mm.train.optim.sophia import BLOCK, Sophia, _signs, compiled, update
 from mm.train.params import parameter_groups
+from mm.train.signals import Interrupted
 from mm.train.step import Passes, Stepper, count, counted
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Trainer, Unwatched
 
 SOPHIA = {"kind": "sophia", "lr": 1e-3, "every": 2}
 STILL = {"kind": "sophia", "lr": 1e-12, "every": 2}

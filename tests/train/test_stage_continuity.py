@@ -18,9 +18,10 @@ from mm.errors import CheckpointError, ConfigError
 from mm.train import checkpoint
 from mm.train.config import TrainConfig
 from mm.train.metrics import read_metrics
+from mm.train.signals import Interrupted
 from mm.train.stages import Stage, count_steps
 from mm.train.step import Counted
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Trainer, Unwatched
 
 TEXTS = [f"Text {n}. " + " ".join(f"word {n * k}" for k in range(n % 9 + 3)) for n in range(90)]
 OTHERS = [f"Another {n}: " + ", ".join(f"thing {n + k}" for k in range(n % 7 + 3)) for n in range(40)]
@@ -90,7 +91,7 @@ class Stopping(Trainer):
 
     def _agree(self, stage: Stage, batches: list[PackedBatch], error: Any) -> Counted:
         if self.progress.step + 1 == self.stop:
-            self._signal = 2
+            self.signals.seen = 2
         return super()._agree(stage, batches, error)
 
 

@@ -13,8 +13,9 @@ from mm.config import RunConfig, load_config
 from mm.errors import CheckpointError, ConfigError
 from mm.train.checkpoint import find, model_tensors
 from mm.train.metrics import read_metrics
+from mm.train.signals import Interrupted
 from mm.train.stages import by_part, initial_tensors, model_tensors_of, take_over, trained_system
-from mm.train.trainer import Interrupted, Trainer, Unwatched
+from mm.train.trainer import Trainer, Unwatched
 
 ALIGN = {
     "name": "align",
@@ -108,7 +109,7 @@ def test_stopped_in_either_stage_and_resumed(staged: Callable[..., RunConfig], t
 
     class Stop(Unwatched):
         def step(self, row: dict[str, Any], steps: int) -> None:
-            trainer._signal = 2 if row["step"] == stop else 0
+            trainer.signals.seen = 2 if row["step"] == stop else 0
 
     trainer = Trainer(staged(f"out={tmp_path / 'parts'}"), Stop())
     with pytest.raises(Interrupted):

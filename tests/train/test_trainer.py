@@ -18,7 +18,8 @@ from mm.errors import CheckpointError, ConfigError
 from mm.train import checkpoint
 from mm.train.metrics import MetricsLog, read_metrics
 from mm.train.run_folder import RunFolder
-from mm.train.trainer import Interrupted, Trainer
+from mm.train.signals import Interrupted
+from mm.train.trainer import Trainer
 
 
 class Silent:
@@ -228,7 +229,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run(
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_commit", lambda *args: full("commit", commit, *args))
     monkeypatch.setattr("builtins.open", failing_open(calls))
-    monkeypatch.setattr("mm.train.trainer.PAUSES", (0, 0, 0))
+    monkeypatch.setattr("mm.train.checkpoint.PAUSES", (0, 0, 0))
     monkeypatch.setattr("mm.train.checkpoint.PATIENCE", 0)
     trainer, _ = run(tiny_config(f"out={tmp_path / 'run'}", *settings, f"train.async_save={str(asynchronous).lower()}"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole") and calls["append"] > 2 and append
