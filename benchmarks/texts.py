@@ -128,8 +128,10 @@ def training(steps: int, lr: float, rows: int = 8, **more: Any) -> dict[str, Any
     }
 
 
-def of_rates(losses: Mapping[float, float]) -> str:
-    """What each learning rate gave, the best one in bold; whether that is at an end of what was tried."""
+def of_rates(losses: Mapping[float, float], higher: bool = True) -> str:
+    """What each learning rate gave, the best one in bold; whether that is at an end of what was tried, where `higher`
+    ones than these may be better."""
     best = min(losses, key=losses.__getitem__)
+    ends = (min(losses), max(losses)) if higher else (min(losses),)
     shown = ", ".join(f"**{lr:g}: {loss:.3f}**" if lr == best else f"{lr:g}: {loss:.3f}" for lr, loss in losses.items())
-    return shown + (" (at the end of the grid)" if best in (min(losses), max(losses)) else "")
+    return shown + (" (at the end of the grid)" if best in ends else "")

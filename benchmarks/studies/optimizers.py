@@ -1,9 +1,10 @@
 """AdamW, Muon, SOAP and Sophia on text: loss by steps, by compute and by seconds.
 
-A Llama of a million parameters on English documents of Debian, all domains in their natural shares. Every arm's
-learning rate is the best of three to five in runs of `TUNED` steps (seed 0, validation loss at the end; the row of each
-is kept), then `SEEDS` runs of `STEPS` steps. All else is alike: cosine to a tenth after 5 % of warmup, decay 0.1, norms
-clipped to 1, the same packs in the same order of a seed.
+A Llama of a million parameters on English documents of Debian, all domains in their natural shares. For every arm
+three to five learning rates are tried in runs of `TUNED` steps (seed 0, validation loss at the end; the row of each is
+kept). Short runs prefer high rates, so the best one is tried against its half, and for Sophia its quarter, in runs of
+`STEPS` steps as well; what is best there is the arm's rate, and has a run of each of `SEEDS`. All else is alike: cosine
+to a tenth after 5 % of warmup, decay 0.1, norms clipped to 1, the same packs in the same order of a seed.
 
     mm data build debian-text --out corpora/debian-text
 
@@ -44,6 +45,7 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "Sophia, short": ({"kind": "sophia", "betas": [0.965, 0.95], "rho": 0.5}, (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)),
 }
 """Settings of `train.optimizer`, and learning rates."""
+LOWER = {"half": 2, "quarter": 4}
 
 
 def config(arm: str, lr: float, steps: int) -> Config:
@@ -68,34 +70,66 @@ def tuned(arm: str, lr: float, rows: Sequence[Row]) -> Config:
 
 
 def final(arm: str, rows: Sequence[Row]) -> Config:
-    return config(arm, best_rate(arm, rows)[0], STEPS)
+    """Of the first seed at the best rate of short runs; of others at the best rate of all."""
+    return config(arm, rate(arm, rows), STEPS)
+
+
+def lower(arm: str, name: str, rows: Sequence[Row]) -> Config:
+    return config(arm, best_rate(arm, rows)[0] / LOWER[name], STEPS)
 
 
 def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]:
-    """The rate with the lowest validation loss, and that of each."""
+    """Of short runs the rate with the lowest validation loss, and that of each."""
     losses = {lr: row["curve"][-1][2] for row in rows for lr in ARMS[arm][1] if row["run"] == f"{arm}, {lr:g}"}
     return min(losses, key=losses.__getitem__), losses
 
 
+def whole(arm: str, rows: Sequence[Row]) -> dict[float, Row]:
+    """By rate, the runs of all steps that choose between rates."""
+    best = best_rate(arm, rows)[0]
+    names = {arm: best, **{f"{arm}, {name}": best / part for name, part in LOWER.items()}}
+    return {names[row["run"]]: row for row in rows if row["run"] in names and row["seed"] == SEEDS[0]}
+
+
+def rate(arm: str, rows: Sequence[Row]) -> float:
+    tried = whole(arm, rows)
+    return min(tried, key=lambda lr: tried[lr]["curve"][-1][2]) if tried else best_rate(arm, rows)[0]
+
+
+def finals(arm: str, rows: Sequence[Row]) -> list[Row]:
+    """The runs of all steps at the arm's rate, one a seed."""
+    tried = best_rate_or_none(arm, rows) and whole(arm, rows)
+    if not tried:
+        return []
+    return [tried[rate(arm, rows)], *(row for row in rows if row["run"] == arm and row["seed"] != SEEDS[0])]
+
+
 def at_flops(arm: str, rows: Sequence[Row]) -> Config:
-    return config(arm, best_rate(arm, rows)[0], round(STEPS * flops("AdamW") / flops(arm)))
+    return config(arm, rate(arm, rows), round(STEPS * flops("AdamW") / flops(arm)))
 
 
 def at_seconds(arm: str, rows: Sequence[Row]) -> Config:
     ratio = seconds_a_step(arm, rows) / seconds_a_step("AdamW", rows)
-    return config(arm, best_rate(arm, rows)[0], round(STEPS / ratio))
+    return config(arm, rate(arm, rows), round(STEPS / ratio))
 
 
 def seconds_a_step(arm: str, rows: Sequence[Row]) -> float:
-    return statistics.mean(row["step_seconds"] for row in rows if row["run"] == arm)
+    return statistics.mean(row["step_seconds"] for row in finals(arm, rows))
 
 
 EQUAL = {"FLOPs": at_flops, "seconds": at_seconds}
-EQUALLED = ("Muon", "SOAP", "Sophia, short")
+EQUALLED = ("Muon", "SOAP")
 RUNS = [
     *(Run(f"{arm}, {lr:g}", 0, 3, partial(tuned, arm, lr)) for arm, (_, rates) in ARMS.items() for lr in rates),
-    *(Run(arm, seed, 6.5, partial(final, arm)) for seed in SEEDS for arm in ARMS),
-    *(Run(f"{arm}, at AdamW's {what}", 0, 6.5, partial(made, arm)) for arm in EQUALLED for what, made in EQUAL.items()),
+    *(Run(arm, SEEDS[0], 8, partial(final, arm)) for arm in ARMS),
+    *(
+        Run(f"{arm}, {name}", SEEDS[0], 8, partial(lower, arm, name))
+        for name in LOWER
+        for arm in ARMS
+        if name == "half" or "Sophia" in arm
+    ),
+    *(Run(arm, seed, 8, partial(final, arm)) for seed in SEEDS[1:] for arm in ARMS),
+    *(Run(f"{arm}, at AdamW's {what}", 0, 8, partial(made, arm)) for arm in EQUALLED for what, made in EQUAL.items()),
 ]
 
 
@@ -123,23 +157,28 @@ def flops(arm: str) -> float:
 def show(rows: list[Row]) -> str:
     """Rates, then losses by steps, by compute and by seconds."""
     lines = [f"| validation loss after {TUNED} steps | of learning rates |", "|---|---|"]
-    finals = {arm: [row for row in rows if row["run"] == arm] for arm in ARMS}
     for arm in ARMS:
         if losses := best_rate_or_none(arm, rows):
             lines.append(f"| {arm} | {texts.of_rates(losses)} |")
-    base = finals["AdamW"]
+    base = finals("AdamW", rows)
     if not base:
         return "\n".join(lines)
+    lines += ["", f"| validation loss after {STEPS} steps, seed {SEEDS[0]} | of learning rates |", "|---|---|"]
+    for arm in ARMS:
+        if tried := best_rate_or_none(arm, rows) and whole(arm, rows):
+            losses = {lr: tried[lr]["curve"][-1][2] for lr in sorted(tried)}
+            lines.append(f"| {arm} | {texts.of_rates(losses, higher=False)} |")
     quarters = (STEPS // 4, STEPS // 2, STEPS)
     titles = ["arm", "lr", "seeds", *(f"validation loss, step {step}" for step in quarters), "test loss", "s a step"]
     titles += ["FLOPs over AdamW's", *(f"at AdamW's {what}, less AdamW, seed 0" for what in EQUAL)]
     titles += ["steps to AdamW's validation loss"]
     lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     reached = statistics.mean(row["curve"][-1][2] for row in base)
-    for arm, found in finals.items():
+    for arm in ARMS:
+        found = finals(arm, rows)
         if not found:
             continue
-        cells = [arm, f"{best_rate(arm, rows)[0]:g}", str(len(found))]
+        cells = [arm, f"{rate(arm, rows):g}", str(len(found))]
         cells += [spread([at(row, step) for row in found], ".3f") for step in quarters]
         cells.append(spread([row["result"]["test_loss"] for row in found], ".3f"))
         cells += [f"{seconds_a_step(arm, rows):.3f}", f"{flops(arm) / flops('AdamW'):.2f}"]
