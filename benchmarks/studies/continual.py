@@ -35,7 +35,7 @@ from mm.data.prepare import open_splits
 from mm.hub import load
 
 DOMAINS = ("dictionary", "kernel-docs", "scripture")
-STEPS, WARMUP, ANNEAL = 160, 4, 48
+STEPS, WARMUP, ANNEAL = 128, 4, 40
 CONSTANT, FINAL = 0.375, 0.1
 RATES = (2e-3, 4e-3, 8e-3)
 REPLAY = (0.0, 0.05, 0.25)
@@ -121,12 +121,12 @@ def name_of(arm: str, replay: float) -> str:
 
 RUNS = [
     *(
-        Run(f"{arm}, {rate:g}", 0, 5, partial(tuned, arm, rate), measured)
+        Run(f"{arm}, {rate:g}", 0, 7, partial(tuned, arm, rate), measured)
         for arm in (*SCHEDULES, "union")
         for rate in RATES
     ),
     *(
-        Run(name, seed, 5, partial(final, arm, replay), measured)
+        Run(name, seed, 7, partial(final, arm, replay), measured)
         for seed in SEEDS
         for name, arm, replay in (
             *((name_of(arm, replay), arm, replay) for arm in SCHEDULES for replay in REPLAY),
