@@ -2,9 +2,9 @@
 
 A Llama of a million parameters on English documents of Debian, all domains in their natural shares. For every arm
 three to five learning rates are tried in runs of `TUNED` steps (seed 0, validation loss at the end; the row of each is
-kept). Short runs prefer high rates, so the best one is tried against its half and its quarter in runs of `STEPS` steps as
-well; what is best there is the arm's rate, and has a run of each of `SEEDS`. All else is alike: cosine to a tenth after
-5 % of warmup, decay 0.1, norms clipped to 1, the same packs in the same order of a seed.
+kept). Short runs prefer high rates, so the best one is tried against its half and its quarter in runs of `STEPS` steps
+as well; what is best there is the arm's rate, and has a run of each of `SEEDS`. All else is alike: cosine to a tenth
+after 5 % of warmup, decay 0.1, norms clipped to 1, the same packs in the same order of a seed.
 
     mm data build debian-text --out corpora/debian-text
 
