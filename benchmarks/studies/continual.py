@@ -9,11 +9,11 @@ have the same compute whatever they replay. "union" sees all three mixed from th
 - "infinite": one warm-up, a cool-down over the rest of the first stage to `CONSTANT` of the peak, constant from there
   on, annealed over the last `ANNEAL` steps of the last stage.
 
-The peak rate is the best of three, of each arm without replay and of the union, by the validation loss of the three
-domains together at the end (seed 0); with replay it is the same. Both end at `FINAL` of the peak. Forgetting of a
-domain is its test loss at the end less that after its own stage, so it holds what later stages teach it too; and a
-stage of the infinite schedule ends at a rate that is not annealed, so that it begins from a higher loss and seems to
-forget less. What the arms have in the end is comparable.
+The peak rate of each schedule with each share of replay, and of the union, is the best of three by the validation loss
+of the three domains together at the end (seed 0). Both schedules end at `FINAL` of the peak. Forgetting of a domain is
+its test loss at the end less that after its own stage, so it holds what later stages teach it too; and a stage of the
+infinite schedule ends at a rate that is not annealed, so that it begins from a higher loss and seems to forget less.
+What the arms have in the end is comparable.
 
     mm data build debian-text --out corpora/debian-text
 """
@@ -37,7 +37,6 @@ from mm.hub import load
 DOMAINS = ("dictionary", "kernel-docs", "scripture")
 STEPS, WARMUP, ANNEAL = 128, 4, 40
 CONSTANT, FINAL = 0.375, 0.1
-RATES = (2e-3, 4e-3, 8e-3)
 REPLAY = (0.0, 0.05, 0.25)
 SEEDS = (0, 1)
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -47,6 +46,15 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "final": FINAL, "anneal": {"at": 3 * STEPS - ANNEAL, "steps": ANNEAL},
     },
 }  # fmt: skip
+ARMS: dict[str, tuple[str, float, tuple[float, ...]]] = {
+    **{
+        f"{schedule}, replay {100 * replay:g} %" if replay else schedule: (schedule, replay, (1e-3, 2e-3, 4e-3))
+        for schedule in SCHEDULES
+        for replay in REPLAY
+    },
+    "union": ("union", 0.0, (2e-3, 4e-3, 8e-3)),
+}
+"""Schedule, share of replay, learning rates."""
 
 
 def shares(stage: int, replay: float) -> dict[str, float]:
@@ -62,12 +70,13 @@ def data(weights: dict[str, float]) -> dict[str, Any]:
     return {**found, "mixture": {"weights": {domain: weights.get(domain, 0.0) for domain in DOMAINS}}}
 
 
-def config(arm: str, rate: float, replay: float) -> Config:
+def config(arm: str, rate: float) -> Config:
+    schedule, replay, _ = ARMS[arm]
     base = {
         "data": data(dict.fromkeys(DOMAINS, 1 / 3)),
         "model": texts.model(128, 4),
         "train": texts.training(
-            3 * STEPS, rate, schedule=SCHEDULES.get(arm, SCHEDULES["cosine"]), save_every=STEPS, keep_every=STEPS
+            3 * STEPS, rate, schedule=SCHEDULES.get(schedule, SCHEDULES["cosine"]), save_every=STEPS, keep_every=STEPS
         ),
         "evaluation": {"every": STEPS},
     }
@@ -78,7 +87,7 @@ def config(arm: str, rate: float, replay: float) -> Config:
             "name": domain,
             "data": data(shares(number, replay)),
             "train": {"max_steps": STEPS},
-            **({"keep_optimizer": True, "rewarm": arm == "cosine"} if number else {}),
+            **({"keep_optimizer": True, "rewarm": schedule == "cosine"} if number else {}),
         }
         for number, domain in enumerate(DOMAINS)
     ]
@@ -86,16 +95,16 @@ def config(arm: str, rate: float, replay: float) -> Config:
 
 
 def tuned(arm: str, rate: float, rows: Sequence[Row]) -> Config:
-    return config(arm, rate, 0.0)
+    return config(arm, rate)
 
 
-def final(arm: str, replay: float, rows: Sequence[Row]) -> Config:
-    return config(arm, best_rate(arm, rows), replay)
+def final(arm: str, rows: Sequence[Row]) -> Config:
+    return config(arm, best_rate(arm, rows)[0])
 
 
-def best_rate(arm: str, rows: Sequence[Row]) -> float:
-    losses = {rate: row["curve"][-1][2] for row in rows for rate in RATES if row["run"] == f"{arm}, {rate:g}"}
-    return min(losses, key=losses.__getitem__)
+def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]:
+    losses = {rate: row["curve"][-1][2] for rate in ARMS[arm][2] for row in rows if row["run"] == f"{arm}, {rate:g}"}
+    return min(losses, key=losses.__getitem__), losses
 
 
 @torch.no_grad()
@@ -115,52 +124,34 @@ def measured(folder: Path) -> dict[str, Any]:
     return {"stages": stages}
 
 
-def name_of(arm: str, replay: float) -> str:
-    return f"{arm}, replay {100 * replay:g} %"
-
-
 RUNS = [
-    *(
-        Run(f"{arm}, {rate:g}", 0, 7, partial(tuned, arm, rate), measured)
-        for arm in (*SCHEDULES, "union")
-        for rate in RATES
-    ),
-    *(
-        Run(name, seed, 7, partial(final, arm, replay), measured)
-        for seed in SEEDS
-        for name, arm, replay in (
-            *((name_of(arm, replay), arm, replay) for arm in SCHEDULES for replay in REPLAY),
-            ("union", "union", 0.0),
-        )
-        if seed or replay  # without replay the first seed's run is the one of the best rate
-    ),
+    *(Run(f"{arm}, {rate:g}", 0, 6, partial(tuned, arm, rate), measured) for arm in ARMS for rate in ARMS[arm][2]),
+    *(Run(arm, seed, 6, partial(final, arm), measured) for seed in SEEDS[1:] for arm in ARMS),
 ]
 
 
-def runs_of(arm: str, replay: float, rows: Sequence[Row]) -> list[Row]:
-    """One a seed."""
+def chosen(arm: str, rows: Sequence[Row]) -> list[Row]:
+    """The runs of an arm at its best rate, one a seed."""
     try:
-        tuned = f"{arm}, {best_rate(arm, rows):g}"
+        name = f"{arm}, {best_rate(arm, rows)[0]:g}"
     except ValueError:
         return []
-    name = "union" if arm == "union" else name_of(arm, replay)
-    return [row for row in rows if row["run"] == name or (not replay and row["run"] == tuned)]
+    return [row for row in rows if row["run"] in (name, arm)]
 
 
 def show(rows: list[Row]) -> str:
     """Rates, losses of each domain at the end, means, and what was forgotten."""
     lines = ["| validation loss at the end, seed 0 | of three rates |", "|---|---|"]
-    for arm in (*SCHEDULES, "union"):
-        found = {rate: row["curve"][-1][2] for rate in RATES for row in rows if row["run"] == f"{arm}, {rate:g}"}
-        if found:
-            lines.append(f"| {arm} | {texts.of_rates(found)} |")
+    for arm in ARMS:
+        if chosen(arm, rows):
+            lines.append(f"| {arm} | {texts.of_rates(best_rate(arm, rows)[1])} |")
     titles = ["test loss at the end", "seeds", *DOMAINS, "mean", *(f"forgotten: {domain}" for domain in DOMAINS[:2])]
     lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for arm, replay in (*((arm, replay) for arm in SCHEDULES for replay in REPLAY), ("union", 0.0)):
-        some = [row["result"]["stages"] for row in runs_of(arm, replay, rows)]
+    for arm in ARMS:
+        some = [row["result"]["stages"] for row in chosen(arm, rows)]
         if not some:
             continue
-        cells = ["union" if arm == "union" else name_of(arm, replay), str(len(some))]
+        cells = [arm, str(len(some))]
         cells += [spread([stages[-1][domain] for stages in some], ".3f") for domain in DOMAINS]
         cells.append(spread([statistics.mean(stages[-1].values()) for stages in some], ".3f"))
         for number, domain in enumerate(DOMAINS[:2]):
