@@ -69,13 +69,12 @@ def tuned(arm: str, lr: float, rows: Sequence[Row]) -> Config:
     return config(arm, lr, TUNED)
 
 
+def tried(arm: str, part: int, rows: Sequence[Row]) -> Config:
+    return config(arm, best_rate(arm, rows)[0] / part, STEPS)
+
+
 def final(arm: str, rows: Sequence[Row]) -> Config:
-    """Of the first seed at the best rate of short runs; of others at the best rate of all."""
     return config(arm, rate(arm, rows), STEPS)
-
-
-def lower(arm: str, name: str, rows: Sequence[Row]) -> Config:
-    return config(arm, best_rate(arm, rows)[0] / LOWER[name], STEPS)
 
 
 def best_rate(arm: str, rows: Sequence[Row]) -> tuple[float, dict[float, float]]:
@@ -92,16 +91,17 @@ def whole(arm: str, rows: Sequence[Row]) -> dict[float, Row]:
 
 
 def rate(arm: str, rows: Sequence[Row]) -> float:
-    tried = whole(arm, rows)
-    return min(tried, key=lambda lr: tried[lr]["curve"][-1][2]) if tried else best_rate(arm, rows)[0]
+    """The one with the lowest validation loss after all steps."""
+    found = whole(arm, rows)
+    return min(found, key=lambda lr: found[lr]["curve"][-1][2])
 
 
 def finals(arm: str, rows: Sequence[Row]) -> list[Row]:
     """The runs of all steps at the arm's rate, one a seed."""
-    tried = best_rate_or_none(arm, rows) and whole(arm, rows)
-    if not tried:
+    found = best_rate_or_none(arm, rows) and whole(arm, rows)
+    if not found:
         return []
-    return [tried[rate(arm, rows)], *(row for row in rows if row["run"] == arm and row["seed"] != SEEDS[0])]
+    return [found[rate(arm, rows)], *(row for row in rows if row["run"] == arm and row["seed"] != SEEDS[0])]
 
 
 def at_flops(arm: str, rows: Sequence[Row]) -> Config:
@@ -121,10 +121,10 @@ EQUAL = {"FLOPs": at_flops, "seconds": at_seconds}
 EQUALLED = ("Muon", "SOAP")
 RUNS = [
     *(Run(f"{arm}, {lr:g}", 0, 3, partial(tuned, arm, lr)) for arm, (_, rates) in ARMS.items() for lr in rates),
-    *(Run(arm, SEEDS[0], 8, partial(final, arm)) for arm in ARMS),
+    *(Run(arm, SEEDS[0], 8, partial(tried, arm, 1)) for arm in ARMS),
     *(
-        Run(f"{arm}, {name}", SEEDS[0], 8, partial(lower, arm, name))
-        for name in LOWER
+        Run(f"{arm}, {name}", SEEDS[0], 8, partial(tried, arm, part))
+        for name, part in LOWER.items()
         for arm in ARMS
         if name != "eighth" or "Sophia" in arm
     ),
@@ -165,8 +165,8 @@ def show(rows: list[Row]) -> str:
         return "\n".join(lines)
     lines += ["", f"| validation loss after {STEPS} steps, seed {SEEDS[0]} | of learning rates |", "|---|---|"]
     for arm in ARMS:
-        if tried := best_rate_or_none(arm, rows) and whole(arm, rows):
-            losses = {lr: tried[lr]["curve"][-1][2] for lr in sorted(tried)}
+        if found := best_rate_or_none(arm, rows) and whole(arm, rows):
+            losses = {lr: found[lr]["curve"][-1][2] for lr in sorted(found)}
             lines.append(f"| {arm} | {texts.of_rates(losses, higher=False)} |")
     quarters = (STEPS // 4, STEPS // 2, STEPS)
     titles = ["arm", "lr", "seeds", *(f"validation loss, step {step}" for step in quarters), "test loss", "s a step"]
