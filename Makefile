@@ -15,7 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make schema       write configs/schema.json anew"
 	@echo "make emoji-check  rebuild the shipped data set from its Debian packages and compare"
-	@echo "make clean        remove what these made, .venv apart"
+	@echo "make clean        remove what these made, .venv and your runs apart"
 
 setup: $(READY)
 
@@ -54,4 +54,4 @@ emoji-check: $(READY)
 	@$(BIN)/python -m mm.data.builtin.build_emoji --check mm/data/builtin/emoji
 
 clean:
-	@rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf runs/quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
