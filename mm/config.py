@@ -28,7 +28,7 @@ from mm.train.schedules import spans
 Keys = tuple[str | int, ...]
 WHOLE_RUN = (
     "engine", "device", "hang_timeout", "profile", "trackers", "save_every", "keep", "keep_every", "branch",
-    "branch_data",
+    "branch_data", "deterministic", "async_save",
 )  # fmt: skip
 """Settings of `train` that stages have in common."""
 BEGINNING = ("init_from", "init_optimizer")
@@ -267,6 +267,12 @@ def contradictions(config: RunConfig, steps: int | None = None, last: bool = Tru
         train.engine.kind == "deepspeed" and train.optimizer.kind in REFUSED,
         "train.optimizer.kind",
         f"{train.optimizer.kind} under deepspeed: it {REFUSED.get(train.optimizer.kind)}",
+    )
+    rule(
+        train.engine.kind == "deepspeed" and train.ema > 0 and train.engine.stage == 3,
+        "train.ema",
+        "not for train.engine.stage 3, which keeps no weights whole between steps; set stage 2, or train.engine.kind "
+        "fsdp",
     )
     coarse = {train.precision, *(one.weights for one in getattr(train.engine, "precision", ()))} != {"fp32"}
     rule(

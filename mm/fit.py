@@ -59,7 +59,10 @@ class Fit:
 
 
 def fit_power(x: Sequence[float], losses: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Fit:
-    """Least squares under A >= 0 and E at most the lowest loss, a from 0.01 to 10.
+    """Least squares under A >= 0, a from 0.01 to 10.
+
+    E may lie above the lowest loss: losses have noise, and where they hardly fall any more the lowest of them lies
+    below the law.
 
     Intervals are 2.5 and 97.5 % of fits to so many draws of the losses: normal ones, around the means at each x with
     the variance between seeds, where every x has several; else around the law with the variance of what it misses. The
@@ -124,11 +127,6 @@ def _linear(x: np.ndarray, ys: np.ndarray, exponents: np.ndarray) -> tuple[np.nd
     spread = ((u - mean_u[:, :, None]) ** 2).sum(2)
     A = np.maximum(((u - mean_u[:, :, None]) * (y - mean_y[:, :, None])).sum(2) / spread, 0)
     E = mean_y - A * mean_u
-    # Where E would lie above a loss that was reached, it is that loss, and A the best behind it.
-    most = ys.min(1)[:, None]
-    beyond = most < E
-    behind = np.maximum((u * (y - most[:, :, None])).sum(2) / (u**2).sum(2), 0)
-    E, A = np.where(beyond, most, E), np.where(beyond, behind, A)
     return E, A, ((y - E[:, :, None] - A[:, :, None] * u) ** 2).sum(2)
 
 

@@ -1,6 +1,7 @@
 """`mm.load`: a run, one of its checkpoints, or a published model; `export`: out again in a published format."""
 
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mm.config import load_config
 from mm.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from mm.data.config import DataConfig
     from mm.data.layout import Layout
     from mm.data.metadata import MetadataConfig
     from mm.models.prompts import Form
@@ -83,6 +85,23 @@ def load(
     return system.to(resolve_device(device)).eval(), config.model.layout(), config
 
 
+def trained_on(path: Path | str) -> "Iterator[tuple[DataConfig, list[dict[str, Any]]]]":
+    """Of every stage of a run its data, and its sources as they were set: those of its packed set, if that is still
+    there. Of a released model nothing."""
+    from mm.data.packed import PackedDataset
+    from mm.models import released
+    from mm.train import checkpoint
+
+    if released.find(path) is not None:
+        return
+    for run in load_config(checkpoint.find(Path(path)).parent.parent / "config.yaml").stage_runs():
+        sources: list[dict[str, Any]] = [source.model_dump() for source in run.data.sources]
+        if run.data.packed is not None:
+            with suppress(DataError):
+                sources = PackedDataset(run.data.packed / "train").about["provenance"]["sources"]
+        yield run.data, sources
+
+
 def metadata_of(path: Path | str) -> "MetadataConfig":
     """How a run says of its documents where they are from, in any of its stages: that of its sources, or of those of
     its packed set, if that is still there. `metadata_of(path).asked("https://en.wikipedia.org")` goes in front of a
@@ -93,22 +112,16 @@ def metadata_of(path: Path | str) -> "MetadataConfig":
         CheckpointError: there is no run.
     """
     from mm.data.metadata import MetadataConfig
-    from mm.data.packed import PackedDataset
     from mm.data.shards import in_root
     from mm.models import released
-    from mm.train import checkpoint
 
     if released.find(path) is not None:
         raise ConfigError(f"{path}: a released model; nothing says whether its documents had metadata")
     given: list[MetadataConfig] = []
-    for run in load_config(checkpoint.find(Path(path)).parent.parent / "config.yaml").stage_runs():
-        sources: list[dict[str, Any]] = [source.model_dump() for source in run.data.sources]
-        if run.data.packed is not None:
-            with suppress(DataError):
-                sources = PackedDataset(run.data.packed / "train").about["provenance"]["sources"]
+    for data, sources in trained_on(path):
         for values in filter(None, (source.get("metadata") for source in sources)):
             one = MetadataConfig.model_validate(values)
-            given.append(one.model_copy(update={"known": in_root(one.known, str(run.data.root))}))
+            given.append(one.model_copy(update={"known": in_root(one.known, str(data.root))}))
     found = {(one.prefix, one.suffix, one.take, one.known): one for one in given if one.fixed is None}
     around = {key[:2] for key in found}
     for one in given:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 UNITS = {"": 1.0, "%": 1e-2, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -45,6 +45,18 @@ def parse_number(value: Any) -> Any:
 NUMBER_TEXT = {"type": "string", "pattern": r"^[-+]?[\d_.]+([eE][-+]?\d+)?[%kKMGBT]?$"}
 Count = Annotated[int, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "integer"}, NUMBER_TEXT]})]
 Number = Annotated[float, BeforeValidator(parse_number), WithJsonSchema({"anyOf": [{"type": "number"}, NUMBER_TEXT]})]
+
+
+def _is_a_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_is_a_pattern)]
+"""A regular expression for whole names of parameters or modules, such as `vision.*`."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

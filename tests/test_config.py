@@ -128,6 +128,7 @@ WRONG: list[tuple[str, str]] = [
     ("train.micro_batch=3", "train.micro_batch: 3 does not divide the 4 rows of a step"),
     ("train.schedule.warmup=100", "train.schedule.warmup: 100 steps are more than the schedule's 8 (train.max_steps)"),
     ("train.params=[{match: '(', freeze: true}]", "train.params.0.match: not a regular expression"),
+    ("train.engine={kind: fsdp, units: ['(']}", "train.engine.units.0: not a regular expression"),
     ("data.sources.5.path=x", "data.sources is a list of 1"),
     ("train.max_steps.x=1", "train.max_steps is a single value"),
     ("nonsense", "expected KEY.SUB=VALUE"),

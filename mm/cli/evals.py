@@ -88,7 +88,9 @@ def add(commands: Commands) -> None:
     sub.add_argument("--device", default="auto", help="where the model runs (auto)")
     sub.add_argument("--out", help="folder for the numbers and the page (pcfg-NAME)")
     sub = commands.add(ensemble, "what several runs of one kind say together: losses of ensembles of 1 to all of them")
-    sub.add_argument("runs", nargs="+", metavar="run", help="a run, a checkpoint or a published model")
+    sub.add_argument(
+        "runs", nargs="+", metavar="run", help="a run or a checkpoint; behind the first one also a published model"
+    )
     sub.add_argument("--split", choices=("validation", "test"), default="test", help="of the first run's data (test)")
     sub.add_argument("--device", default="auto", help="where the models run (auto)")
     sub.add_argument("--out", metavar="CSV", help="the losses as a table, for mm fit")

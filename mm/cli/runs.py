@@ -133,7 +133,8 @@ def fit(args: argparse.Namespace) -> Result:
     for name, x, loss in points:
         say(args, f"{of} = {x:<12,.0f} {args.metric} {loss:.4f}  {name}")
     over = "the seeds" if found.by_seeds else "what the law misses, for want of seeds at every point"
-    say(args, f"{args.metric} = E + A / {of}^a; 95 % intervals over {over}")
+    only = "; of these members, not of others" if of == "K" else ""
+    say(args, f"{args.metric} = E + A / {of}^a; 95 % intervals over {over}{only}")
     numbers = {"E": found.E, "A": found.A, "a": found.a, **{f"at {x:g}": found.at(x) for x in args.at}}
     for name, number in numbers.items():
         say(args, f"  {name}: {number}")

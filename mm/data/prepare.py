@@ -28,7 +28,7 @@ from typing import Any, get_args
 from mm.data.config import DataConfig, Split
 from mm.data.executors import ExecutorName, run
 from mm.data.layout import Layout
-from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset
+from mm.data.packed import FORMAT_VERSION, INDEX, PackedDataset, read_ids
 from mm.data.plan import Plan, Progress, make_plan
 from mm.data.remote import Identity, RemoteCache, file_name, identity, is_remote, without_secrets
 from mm.data.scan import PackSettings, Scan, file_state, is_scanned, scan_shard
@@ -316,6 +316,11 @@ def open_splits(
     for dataset in opened.values():
         dataset.require(layout, settings.context_length, settings.budgets, settings.packing)
     return opened
+
+
+def skipped(data: DataConfig) -> frozenset[str]:
+    """The ids of `data.skip_ids`. Raises `DataError` where there is no such file."""
+    return read_ids(data.skip_ids.expanduser()) if data.skip_ids else frozenset()
 
 
 def _local_identity(path: str) -> dict[str, Any]:

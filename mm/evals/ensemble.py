@@ -20,7 +20,7 @@ from torch import Tensor
 from mm.data.batch import PackedBatch
 from mm.data.config import Split
 from mm.data.loader import one_pass
-from mm.data.prepare import open_splits
+from mm.data.prepare import open_splits, skipped
 from mm.errors import ConfigError
 from mm.files import atomic
 from mm.hub import load
@@ -51,6 +51,10 @@ def ensemble(
         raise ConfigError("an ensemble needs at least 2 runs")
     opened = [load(path, device) for path in paths]
     _, layout, config = opened[0]
+    if not hasattr(config, "data"):
+        raise ConfigError(
+            f"{paths[0]}: a published model has no data; name a run first, whose data all are asked about"
+        )
     systems: list[GenerativeSystem] = []
     for path, (other, theirs, _) in zip(paths, opened, strict=True):
         if not isinstance(other, GenerativeSystem):
@@ -61,6 +65,7 @@ def ensemble(
     data = open_splits(config.data, layout, config.seed)
     if split not in data:
         raise ConfigError(f"{paths[0]}: its data have no {split} split; they have {', '.join(data)}")
+    data[split].drop(skipped(config.data))
     subsets = [(size, group) for size in range(1, len(paths) + 1) for group in _subsets(len(paths), size)]
     sums, tokens = np.zeros((len(subsets), 2)), 0
     where = next(systems[0].parameters()).device

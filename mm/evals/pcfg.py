@@ -251,10 +251,10 @@ def run(
     if min(len(fitted), len(tested)) < FEW:
         raise DataError(f"{folder}: under {FEW} documents to validate or test with; build it with a larger --count")
     _classifier()  # what is not installed is said before anything is computed
-    system, layout, config = hub.load(model, device)
-    told = _trained_with(config, grammar.depth) if told is None else told
+    told = _trained_with(model, grammar.depth) if told is None else told
     if not 0 <= told <= grammar.depth:
         raise ConfigError(f"--told {told}: the documents of {folder} have {grammar.depth} latents; expected 0 to that")
+    system, layout, _ = hub.load(model, device)
     reader = Reader(system, layout, folder, grammar, model)
     out = prepared(out or Path(f"pcfg-{Path(model).resolve().name}"), str(folder))
     depths = sorted({0, told})
@@ -281,11 +281,13 @@ def run(
     return {"folder": str(out), **results}
 
 
-def _trained_with(config: Any, depth: int) -> int:
-    """The latents that a run's sources tell at most, by their `prompt: "{metadata_K}"`; all, where none says."""
-    prompts = [getattr(source, "prompt", "") for source in config.data.sources] if hasattr(config, "data") else []
+def _trained_with(model: str, depth: int) -> int:
+    """The latents that the sources of a run tell at most in any stage, by their `prompt: "{metadata_K}"`."""
+    prompts = [source.get("prompt", "") for _, sources in hub.trained_on(model) for source in sources]
     told = [known for known in range(depth + 1) if any(f"{{metadata_{known}}}" in prompt for prompt in prompts)]
-    return max(told, default=depth)
+    if not told:
+        raise ConfigError(f"{model}: nothing says how many latents it was told in training; give --told")
+    return max(told)
 
 
 def _reached(documents: Documents) -> int:

@@ -95,9 +95,9 @@ def run_perplexity(
     sums: dict[str, list[float]] = {name: [0.0, 0] for name in dataset.about["ledger"]}
     with autocast(system, precision):
         for rows in one_pass(dataset, layout, batch, task.isolate_segments):
-            output = system(rows.to(device))
-            learned = system.row_counts(rows)
-            losses = output.rows["next_token"].double()
+            rows, learned = rows.to(device), system.row_counts(rows)
+            routing = system.routing(rows)  # not the whole objective, which teachers may belong to
+            losses = system.output(rows, system.token_losses(rows, routing), routing).rows["next_token"].double()
             for name, loss, number in zip(rows.sources, losses.tolist(), learned.tolist(), strict=True):
                 sums[name][0] += loss
                 sums[name][1] += number

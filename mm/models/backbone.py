@@ -32,7 +32,7 @@ from mm.models.objectives import (
 )
 from mm.models.released.chameleon import consolidated
 from mm.models.routing import Routing
-from mm.models.vocabulary import add_rows, check_tokenizer, pieces_of
+from mm.models.vocabulary import check_tokenizer, make_room
 
 if TYPE_CHECKING:
     from mm.models.gated import MediaSeen
@@ -69,19 +69,7 @@ def load(config: LanguageConfig, vocab_size: int, weights: bool = True) -> Any:
         model = from_config({"vocab_size": vocab_size, **config.config}, implementation)
         if config.init == "scaled":
             scale_residuals(model, name)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < vocab_size and config.new_rows is not None:
-        pieces: list[list[int]] = []
-        if config.new_rows == "subtokens":
-            new = Tokenizer.load(config.tokenizer_name, config.added_tokens)
-            pieces = pieces_of(Tokenizer.load(name), new, range(rows, vocab_size))
-        add_rows(model, vocab_size, config.new_rows, pieces)
-    elif rows < vocab_size:
-        raise ConfigError(
-            f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
-            "give the model's own tokenizer, or say what the embeddings of added tokens begin as "
-            "(model.language.new_rows)"
-        )
+    make_room(model, config, vocab_size, weights)
     model.logit_factor = probe(model, name)
     return model
 

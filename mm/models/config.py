@@ -303,9 +303,10 @@ class LanguageConfig(Section):
     added_tokens: tuple[str, ...] = ()
     """Special tokens to append to the tokenizer where it lacks them."""
     new_rows: NewRows | None = None
-    """What the embeddings of tokens begin as that a published model has no rows for: the `mean` of all rows, drawn from
-    the `normal` distribution that has the mean and covariance of all rows, or the mean of the rows of the `subtokens`
-    that the model's own tokenizer makes of their names. By default such a model is refused."""
+    """What the embeddings of tokens begin as that a published model's own tokenizer lacks, whether or not there are
+    spare rows for them: the `mean` of its tokens' rows, drawn from the `normal` distribution that has their mean and
+    covariance, or the mean of the rows of the `subtokens` that the model's own tokenizer makes of their names. By
+    default spare rows stay what they are, and a model with too few is refused."""
     init: Literal["default", "scaled"] = "default"
     """Random weights of a `config`: as transformers draws them for its kind, or `scaled`: the last matrices of
     attention and MLP, which write to the residual, from a normal distribution with `initializer_range` / sqrt(2 x

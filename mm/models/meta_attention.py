@@ -12,6 +12,7 @@ there is a norm in front, a residual around it, and that its weights are its own
 the notes that this follows do not say.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -92,11 +93,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def insert_meta_attention(language: Any, tiny: Any) -> None:
+def insert_meta_attention(language: Any, tiny: Any, scaled: bool = False) -> None:
     """Put meta-attention into every layer of a causal language model of transformers.
 
     Args:
         tiny: a small model of the same kind on the CPU, which is tried out and spoilt (`backbone.miniature`).
+        scaled: what writes to the residual begins smaller, as the model's own matrices that do (`LanguageConfig.init`).
 
     Raises `ConfigError` where the layers are not known, or there is no place between attention and MLP: where both read
     the same (parallel blocks), or what attention gives is scaled or normed before it is added.
@@ -106,9 +108,12 @@ def insert_meta_attention(language: Any, tiny: Any) -> None:
             f"model.meta_tokens.attention: the layers of {language.config.model_type} have no place between attention "
             "and MLP, or are not known; choose a model with one after the other and norms in front, or set it to false"
         )
-    for layer, attention in _parts(language):
-        with torch.device(next(layer.parameters()).device):
+    parts = _parts(language)
+    for layer, attention in parts:
+        with torch.device(next(layer.parameters()).device), torch.no_grad():
             layer.meta = MetaAttention(language.config)
+            if scaled:
+                layer.meta.o_proj.weight /= math.sqrt(2 * len(parts))
         layer.forward = partial(_layer, layer, layer.forward)
         attention.forward = partial(_attention, attention.forward)
 

@@ -22,7 +22,7 @@ from mm.errors import ConfigError, DataError
 Init = Literal["mean", "normal", "subtokens", "contextual"]
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 LONGEST = 512
-"""Pieces of a sentence that are read."""
+"""Pieces of a sentence that are read, where a model has positions for them."""
 MOST = 100
 """Occurrences of a token that its row is made from."""
 
@@ -90,6 +90,45 @@ def new_rows(
     return found
 
 
+def make_room(model: Any, section: Any, tokens: int, weights: bool) -> None:
+    """Give a model of a `model.language` section rows for all `tokens` of its tokenizer. Those that its own tokenizer
+    lacks begin as `new_rows` says, on spare rows too.
+
+    Args:
+        section: a `LanguageConfig` or an `EncoderConfig`.
+        weights: whether published weights were read; else rows are only there to be filled.
+
+    Raises `ConfigError` where there are too few rows and nothing says what more of them begin as.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if section.new_rows is None:
+        if rows < tokens:
+            name = section.name or section.config["model_type"]
+            raise ConfigError(
+                f"model.language {name}: the tokenizer has {tokens} tokens, the "
+                f"model {rows} embedding rows; give the model's own tokenizer, or say what the embeddings of added "
+                "tokens begin as (model.language.new_rows)"
+            )
+        return
+    if section.name is None or not weights:
+        if rows < tokens:
+            add_rows(model, tokens, "mean")
+        return
+    try:
+        old: Tokenizer | None = Tokenizer.load(section.name)
+    except DataError:
+        if section.new_rows == "subtokens":
+            raise
+        old = None
+    first = rows if old is None else min(rows, len(old))
+    if first < tokens:
+        pieces: list[list[int]] = []
+        if old is not None and section.new_rows == "subtokens":
+            new = Tokenizer.load(section.tokenizer_name, section.added_tokens)
+            pieces = pieces_of(old, new, range(first, tokens))
+        add_rows(model, max(rows, tokens), section.new_rows, pieces, first, tokens - first)
+
+
 def check_tokenizer(name: str, tokenizer: Tokenizer) -> None:
     """Raise `ConfigError` where a tokenizer lacks tokens of the one that lies beside a published model. It may have
     more, and call special ones otherwise. A model without a tokenizer is taken with any."""
@@ -128,16 +167,17 @@ def contextual(
     counts = [0] * len(sums)
     before, _ = old.around()
     begin = [] if before is None else [old.id(before)]
+    longest = min(LONGEST, (getattr(model.config, "max_position_embeddings", None) or LONGEST) - len(begin))
     for sentence in _sentences(texts):
         spans = zip(*new.encode_spans(sentence), strict=True)
         wanted = [(id - first, span) for id, span in spans if id >= first and counts[id - first] < MOST]
         if not wanted:
             continue
         ids, places = old.encode_spans(sentence)
-        read = torch.tensor([begin + ids[:LONGEST]], device=model.device)
+        read = torch.tensor([begin + ids[:longest]], device=model.device)
         states = model.base_model(input_ids=read, use_cache=False).last_hidden_state[0, len(begin) :].float().cpu()
         for row, (start, stop) in wanted:
-            own = [n for n, (a, b) in enumerate(places[:LONGEST]) if a < stop and b > start]
+            own = [n for n, (a, b) in enumerate(places[:longest]) if a < stop and b > start]
             if own:
                 sums[row] += states[own].mean(0)
                 counts[row] += 1

@@ -1,29 +1,16 @@
 """The `train:` and `evaluation:` sections of a run. No torch here."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from mm.data.config import DataConfig
-from mm.settings import Count, Number, Section
+from mm.settings import Count, Number, Pattern, Section
 from mm.train.engines.config import ENGINES, SingleConfig
 from mm.train.optim.config import OPTIMIZERS, AdamWConfig, Role
 from mm.train.schedules import SCHEDULES, CosineConfig
-
-
-def _is_a_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error})") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_is_a_pattern)]
-"""A regular expression for whole names of parameters or modules, such as `vision.*`."""
 
 
 class ParamRule(Section):

@@ -2,11 +2,11 @@
 
 In float32, and in the same parts as the parameters: under FSDP2 every rank averages its own shards. The decay of update
 t is min(decay, (1 + t) / (10 + t)), so that a short run does not average over its random start (as TensorFlow's
-ExponentialMovingAverage with num_updates).
+ExponentialMovingAverage with num_updates). Parameters that came later count from there.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +26,20 @@ class EMA:
         self.system, self.decay, self.updates = system, decay, 0
         self.parameters = {name: p for name, p in system.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
+        self.since: dict[str, int] = {}
+        """The updates that were made before a parameter was there, where there were any."""
 
     def update(self) -> None:
         """Take the weights in; call it after every optimizer step that was not skipped."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach().float() for p in self.parameters.values()]
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), weights, self.updates)
+        for since in {0, *self.since.values()}:
+            names = [name for name in self.parameters if self.since.get(name, 0) == since]
+            if names:
+                own = self.updates - since
+                weights = [self.parameters[name].detach().float() for name in names]
+                get_ema_multi_avg_fn(min(self.decay, (1 + own) / (10 + own)))(
+                    [self.averages[name] for name in names], weights, own
+                )
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -62,7 +69,13 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """What checkpoints hold besides `tensors`, in plain JSON."""
-        return {"updates": self.updates}
+        return {"updates": self.updates, "since": self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
+        self.updates, self.since = state["updates"], dict(state.get("since", {}))
+
+    def go_on(self, state: dict[str, Any], names: Collection[str]) -> None:
+        """From the state of another stage, of which the averages of these parameters were loaded; others begin now."""
+        self.load_state_dict(state)
+        self.since = {name: self.since.get(name, 0) if name in names else self.updates for name in self.parameters}
+        self.since = {name: since for name, since in self.since.items() if since}

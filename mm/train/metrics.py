@@ -54,6 +54,7 @@ class MetricsLog:
     ) -> None:
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
+        self._last = kept[-1] if kept else {}
         partial = path.with_suffix(".partial")
         partial.write_text("".join(_line(row) for row in kept))
         partial.replace(path)
@@ -76,6 +77,13 @@ class MetricsLog:
                 self._trackers.remove(tracker)
                 problem = f"{type(tracker).__name__.lower()} gets no more rows: {error}"
         return problem
+
+    def amend(self, row: dict[str, Any]) -> str | None:
+        """`write` as the first row, into that of the same step if the file ends in one."""
+        if self._last.get("step") == row["step"]:
+            self._size -= len(_line(self._last).encode())
+            row = {**self._last, **row}
+        return self.write(row)
 
     def _append(self, line: str) -> str | None:
         self._late.append(line)

@@ -6,7 +6,7 @@ A parameter that is new, has another shape, or of which the optimizer keeps some
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm.errors import ConfigError
 from mm.train import checkpoint
@@ -45,12 +45,13 @@ def take_moments(engine: SingleEngine, stage: Stage, folder: Path, ema: EMA | No
         forget(engine.optimizer, others)
         kept, new = kept - others, [*new, *sorted(others)]
         tensors = {name: one for name, one in tensors.items() if name in moments and parameter_of(name) in kept}
-    if ema is not None:
-        tensors |= {name: one for name, one in ema.tensors().items() if saved.get(name) == tuple(one.shape)}
-    checkpoint.load(folder, tensors, all_of_a_kind=False)
+    averages: dict[str, Tensor] = {}
+    if ema is not None and not stage.convert:  # which may have changed values, too
+        averages = {name: one for name, one in ema.tensors().items() if saved.get(name) == tuple(one.shape)}
+    checkpoint.load(folder, tensors | averages, all_of_a_kind=False)
     engine.loaded(tensors)
-    if ema is not None and state["ema"]:
-        ema.load_state_dict(state["ema"])
+    if ema is not None and averages:
+        ema.go_on(state["ema"], {name.removeprefix("ema.") for name in averages})
     left = f"; {len(new)} start anew: {new[0]}" if new else ""
     return f"the moments of {len(kept)} parameters go on from {folder}{left}"
 

@@ -16,6 +16,8 @@ class Progress:
     """Steps of the stage."""
     ended: bool = False
     """The stage ended before its last step: early, or for want of data."""
+    unevaluated: bool = False
+    """The evaluation that is due after this step is still to come: a signal was first, or its data were damaged."""
     tokens: int = 0
     loss_tokens: int = 0
     modalities: dict[str, int] = field(default_factory=dict)

@@ -211,7 +211,7 @@ class WSDConfig(ScheduleConfig):
         ]
 
     def problems(self, steps: int) -> list[tuple[str, str]]:
-        together = _steps(self.warmup, steps) + _steps(self.decay, steps)
+        together = round(_steps(self.warmup, steps) + _steps(self.decay, steps), 9)
         return [_too_long("decay", together, steps, "with the warm-up ")] if together > steps else []
 
 

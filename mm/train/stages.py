@@ -18,8 +18,8 @@ from mm.data.config import Split
 from mm.data.features import ROLES, medium_of, require_any
 from mm.data.layout import Layout
 from mm.data.loader import PackedLoader
-from mm.data.packed import PackedDataset, read_ids
-from mm.data.prepare import open_splits
+from mm.data.packed import PackedDataset
+from mm.data.prepare import open_splits, skipped
 from mm.errors import CheckpointError, ConfigError
 from mm.models import released
 from mm.models.system import System
@@ -104,7 +104,7 @@ def _open(
     if not getattr(config.model, "trains", True):
         raise ConfigError(f"model.kind {config.model.kind} packs and loads data; it has nothing to train")
     data, train = config.data, config.train
-    skip = read_ids(data.skip_ids.expanduser()) if data.skip_ids else frozenset[str]()
+    skip = skipped(data)
     layout: Layout = config.model.layout()
     if data.features:
         medium_of(layout)
@@ -197,7 +197,8 @@ def count_steps(
 
     Raises `ConfigError`.
     """
-    steps = train.max_steps or other_data + math.ceil((train.epochs or 1) * packs_per_epoch / rows)
+    # Rounded first: 1.1 epochs of 10 packs are 11.000000000000002.
+    steps = train.max_steps or other_data + math.ceil(round((train.epochs or 1) * packs_per_epoch / rows, 9))
     if total is None or steps <= (most := other_data + math.ceil(max(0, total - first) / rows)):
         return steps
     if train.max_steps or most == other_data:

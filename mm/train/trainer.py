@@ -100,7 +100,7 @@ class Trainer:
         self._last: tuple[bool, dict[str, Any] | None] = False, None
         """What the last save was of: whether it was the best, and the loader's state if not the present one."""
         self._otherwise: tuple[float | None, int] = None, 0
-        """`progress.best` and `stale`, had the last evaluation not been the best."""
+        """`progress.best` and `stale`, had the last evaluation that was the best not been it."""
 
     @property
     def out(self) -> Path:
@@ -166,9 +166,10 @@ class Trainer:
             state = checkpoint.read_state(newest)
             reached = Progress(**state["progress"])
             check_rates(self.stages, state)
-            finished = self._finished(reached)
-            first = reached.stage + (finished and reached.stage + 1 < len(self.stages))
-            if not self.folder.holds(newest):
+            finished, own = self._finished(reached), self.folder.holds(newest)
+            owing = own and reached.unevaluated
+            first = reached.stage + (finished and not owing and reached.stage + 1 < len(self.stages))
+            if not own:
                 if finished and first == reached.stage:
                     raise ConfigError(f"train.branch: {newest} is the end of that run; raise train.max_steps to go on")
                 self.watcher.event(f"branching off from {newest} after step {reached.step}")
@@ -181,7 +182,7 @@ class Trainer:
             if self.progress.step:
                 self.engine.close()
             self._enter(stage, newest)
-            if not self._finished(self.progress):
+            if self.progress.unevaluated or not self._finished(self.progress):
                 self._train(stage)
             self._wait(stage)
             newest = self.folder.checkpoints / f"{checkpoint.PREFIX}{self.progress.step:08d}"
@@ -314,9 +315,10 @@ class Trainer:
         return self.config.train.branch_data == "anew" and not self.folder.holds(folder)
 
     def _own(self, progress: Progress, folder: Path) -> Progress:
-        """Without what was only of the run that this one branches off from: its best, and of its data what was bad."""
+        """Without what was only of the run that this one branches off from: its evaluations, and of its data what was
+        bad."""
         if not self.folder.holds(folder):
-            progress.best, progress.stale = None, 0
+            progress.best, progress.stale, progress.unevaluated = None, 0, False
         if self._data_anew(folder):
             progress.bad, progress.offending = [], []
         return progress
@@ -330,8 +332,11 @@ class Trainer:
         steps = stage.loader.steps(stage.steps - self.progress.stage_step)
         self._timer = timer
         try:
+            if self.progress.unevaluated:
+                with timer.excluded():
+                    self._make_up(stage, log)
             with Profiler(train.profile, self.out / "profile", self.world.rank) as profiler:
-                while self.progress.stage_step < stage.steps:
+                while not self._finished(self.progress):
                     with timer.excluded():
                         profiler.step(self.progress.step + 1)
                     self._behind = stage.loader.state_dict()
@@ -367,41 +372,56 @@ class Trainer:
     ) -> bool:
         """Evaluate, log and save what is due after a step; whether the stage ends here."""
         step, train = self.progress.step, stage.config.train
-        last = self.progress.stage_step == stage.steps
-        if stopped := bool(self.signals.agreed):  # first of all: there may be no time for more
+        row, best = self._row(stage, totals, done, lr), False
+        self.progress.unevaluated = due = _due(step, stage.config.evaluation.every)
+        if due and not self.signals.agreed:  # else there may be no time for more than saving
             with timer.excluded():
-                self._save(stage)
-                self._wait(stage)
-        evaluated = _due(step, stage.config.evaluation.every)
-        row = self._row(stage, totals, done, lr)
-        best = False
-        if evaluated:
-            try:
-                with timer.excluded():
-                    row |= self._validate(stage)
-                best = self._is_best(row, stage)
-            except _Stopped:
-                evaluated = False
-            except Exception as error:
-                if isinstance(error, MMError) or self.world.ranks == 1:  # all ranks are here
-                    self._save_before_leaving(stage)
-                raise
-            self.progress.ended = train.best is not None and 0 < train.best.patience <= self.progress.stale
-            last = last or self.progress.ended
-        if last or evaluated or _due(step, train.log_every):
+                best = self._evaluate(stage, row)
+        last = self.progress.stage_step == stage.steps or self.progress.ended
+        if last or due or _due(step, train.log_every):
             row |= self.stepper.shares() | timer.read()
             self.progress.seconds += row.pop("seconds")
             if log is not None and (problem := log.write({**row, "elapsed": round(self.progress.seconds, 3)})):
                 self.watcher.event(problem)
             self.watcher.step(row, step - self.progress.stage_step + stage.steps)
-        leaving = bool(self.signals.agreed) and (evaluated or not stopped)
-        if last or leaving or best or _due(step, train.save_every):
+        if last or self.signals.agreed or best or _due(step, train.save_every):
             with timer.excluded():
                 self._save(stage, best)
-        if self.signals.agreed and not (last and stage.number + 1 == len(self.stages)):
+        complete = last and stage.number + 1 == len(self.stages) and not self.progress.unevaluated
+        if self.signals.agreed and not complete:
             self._wait(stage)
             raise Interrupted(self._resume_hint(), self.signals.agreed)
         return last
+
+    def _evaluate(self, stage: Stage, row: dict[str, Any]) -> bool:
+        """Put the evaluation that is due into a row of the log; whether it is the best. A signal leaves it due."""
+        try:
+            row |= self._validate(stage)
+            best = self._is_best(row, stage)
+        except _Stopped:
+            return False
+        except Exception as error:
+            if isinstance(error, MMError) or self.world.ranks == 1:  # all ranks are here
+                self._save_before_leaving(stage)
+            raise
+        self.progress.unevaluated = False
+        rule = stage.config.train.best
+        self.progress.ended = rule is not None and 0 < rule.patience <= self.progress.stale
+        return best
+
+    def _make_up(self, stage: Stage, log: MetricsLog | None) -> None:
+        """The evaluation that was due where the run was left."""
+        if not stage.config.evaluation.every:
+            self.progress.unevaluated = False
+            return
+        row: dict[str, Any] = {"step": self.progress.step}
+        self.watcher.event(f"evaluating step {self.progress.step}, which the run was left at before it could be")
+        best = self._evaluate(stage, row)
+        if self.signals.agreed:
+            raise Interrupted(self._resume_hint(), self.signals.agreed)
+        if log is not None and (problem := log.amend(row)):
+            self.watcher.event(problem)
+        self._save(stage, best)
 
     def _next(self, steps: Iterator[list[PackedBatch]]) -> tuple[list[PackedBatch], Exception | None]:
         """The micro-batches of a step; none at the end of the data, or with the reason why they cannot be read."""
@@ -586,8 +606,10 @@ class Trainer:
             return False
         if best.metric not in row:
             raise ConfigError(f"train.best.metric {best.metric}: not measured; there is {', '.join(sorted(row))}")
-        self._otherwise = (self.progress.best, self.progress.stale + 1)
-        return self.progress.judge(row[best.metric], best.better == "lower")
+        before = self.progress.best, self.progress.stale + 1
+        if better := self.progress.judge(row[best.metric], best.better == "lower"):
+            self._otherwise = before
+        return better
 
     def _save(self, stage: Stage, best: bool = False, loader: dict[str, Any] | None = None) -> None:
         """`loader`: its state, where that is not the present one."""
@@ -595,7 +617,8 @@ class Trainer:
         if (failure := self.checkpoints.ended()) is not None:
             self.watcher.event(f"the checkpoint before could not be written ({failure}); trying this one")
             if self._last[0] and not best:  # what was best is lost
-                self.progress.best, self.progress.stale = self._otherwise
+                self.progress.best, stale = self._otherwise
+                self.progress.stale += stale
         self._last = best, loader
         state = {
             "progress": {**asdict(self.progress), "seconds": self.progress.seconds + self._timer.seconds},

@@ -3,6 +3,7 @@ moment lies between chance and the optimum."""
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mm.data.corpora.build import build_corpus
 from mm.data.corpora.grammar import NOTHING, OTHER, Grammar, losses, predicted, targets_of
 from mm.data.corpora.pcfg import TERMINALS, metadata, read_split
 from mm.data.sample import Text
+from mm.errors import ConfigError
 from mm.evals import pcfg
 from mm.evals.pcfg import Documents, Reader
 from mm.models import backbone
@@ -183,6 +185,28 @@ def test_a_moment_of_training_lies_between_chance_and_the_optimum(
     for name in ("loss", "grammatical"):
         assert again[name] == kept[name][:1]
     assert again["probes"] == kept["probes"]
+
+
+def test_what_was_told_is_read_from_all_stages_and_from_packed_sets(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    assert pcfg._trained_with(str(trained), 2) == 2
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    sources = values["data"]["sources"]
+    plain = [{**sources[0], "prompt": ""}]
+    stages = [{"name": "told", "data": {"sources": sources}}, {"name": "plain"}]
+    alone = {**values, "data": {**values["data"], "sources": plain}}
+    (run / "config.yaml").write_text(yaml.safe_dump({**alone, "stages": stages}))
+    assert pcfg._trained_with(str(run), 2) == 2
+    assert main(["pack", str(trained.parent / "pcfg.yaml"), "--out", str(tmp_path / "packed")]) == 0
+    packed = {**values["data"], "sources": [], "validation": [], "packed": str(tmp_path / "packed")}
+    (run / "config.yaml").write_text(yaml.safe_dump({**values, "data": packed}))
+    assert pcfg._trained_with(str(run), 2) == 2
+    (run / "config.yaml").write_text(yaml.safe_dump(alone))
+    with pytest.raises(ConfigError, match="nothing says how many latents it was told"):
+        pcfg._trained_with(str(run), 2)
 
 
 def test_what_does_not_fit_is_one_line(

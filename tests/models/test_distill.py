@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from ranks import Ranks
 from torch import nn
 
+from mm.cli import main
 from mm.config import load_config
+from mm.data.loader import one_pass
+from mm.data.prepare import open_splits, skipped
 from mm.errors import ConfigError
 from mm.evals.ensemble import ensemble, write_table
 from mm.fit import points_of
-from mm.hub import export, load
+from mm.hub import ReleaseConfig, export, load
 from mm.models.distill import distillation_losses, ensemble_log_probs, head_distillation_losses
 from mm.train.estimate import estimate
 from mm.train.trainer import Trainer, Unwatched
@@ -109,9 +113,6 @@ def test_an_ensemble_of_runs_is_better_and_equals_its_definition(members: list[P
     found = ensemble(members, "test", "cpu")
     system, layout, config = load(members[0], "cpu")
     other, _, _ = load(members[1], "cpu")
-    from mm.data.loader import one_pass
-    from mm.data.prepare import open_splits
-
     alone, both, probabilities, tokens = 0.0, 0.0, 0.0, 0
     for batch in one_pass(open_splits(config.data, layout, 0)["test"], layout, 2):
         keep = batch.learned()
@@ -134,7 +135,30 @@ def test_an_ensemble_of_runs_is_better_and_equals_its_definition(members: list[P
     assert points_of([tmp_path / "k.csv"], "K", "loss")[1][1:] == (2.0, pytest.approx(two["loss"]))
 
 
-def test_ensembles_refuse_what_is_none(members: list[Path], cache: Path, tmp_path: Path) -> None:
+def test_documents_that_a_run_leaves_out_are_asked_of_no_ensemble(members: list[Path], tmp_path: Path) -> None:
+    system, layout, config = load(members[0], "cpu")
+    dataset = open_splits(config.data, layout, 0)["test"]
+    (tmp_path / "skip.txt").write_text(dataset.text(0).segments[0].id + "\n")
+    data = config.data.model_copy(update={"skip_ids": tmp_path / "skip.txt"})
+    dataset.drop(skipped(data))
+    batches = list(one_pass(dataset, layout, 2))
+    with torch.no_grad():
+        loss = sum(float(system.token_losses(batch).sum()) for batch in batches)
+    copies = [tmp_path / run.name for run in members]
+    for run, copy in zip(members, copies, strict=True):
+        shutil.copytree(run, copy)
+        values = yaml.safe_load((copy / "config.yaml").read_text())
+        values["data"]["skip_ids"] = str(tmp_path / "skip.txt")
+        (copy / "config.yaml").write_text(yaml.safe_dump(values))
+    found = ensemble(copies, "test", "cpu")
+    assert found["tokens"] == sum(batch.targets for batch in batches) < ensemble(members, "test", "cpu")["tokens"]
+    assert found["members"][0][1] == pytest.approx(loss / found["tokens"], rel=1e-5)
+
+
+def test_ensembles_refuse_what_is_none(
+    members: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, layout, _ = load(members[0], "cpu")
     with pytest.raises(ConfigError, match="at least 2"):
         ensemble(members[:1])
 
@@ -156,6 +180,9 @@ def test_ensembles_refuse_what_is_none(members: list[Path], cache: Path, tmp_pat
     masked = {"kind": "masked_lm", "language": {"tokenizer": "builtin:emoji", "config": bert}, "template": template}
     with pytest.raises(ConfigError, match="masked: writes no text"):
         ensemble([members[0], run("masked", masked)], device="cpu")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="a published model has no data; name a run"):
+        patch.setattr("mm.evals.ensemble.load", lambda *args: (system, layout, ReleaseConfig(None, None)))
+        ensemble([members[0], members[1]], device="cpu")
     with pytest.raises(ConfigError, match=r"untested: its data have no test split; they have train, validation"):
         ensemble([run("untested", model, test=False), members[0]], device="cpu")
 
@@ -220,6 +247,13 @@ def test_a_student_learns_from_its_teachers(members: list[Path], cache: Path, tm
     assert last < 0.5 * first
     system, _, _ = load(tmp_path / "student", "cpu")
     assert not [name for name, _ in system.named_parameters() if "teacher" in name]
+    exported = members[0].parent / "exported-0"
+    exported.rename(exported.with_name("away"))  # who only asks the student needs no teacher
+    try:
+        asked = ["eval", str(tmp_path / "student"), "--task", "perplexity=README.md", "--out", str(tmp_path / "asked")]
+        assert main(asked) == 0
+    finally:
+        exported.with_name("away").rename(exported)
     traced = estimate(config)
     assert traced["flops_per_step"]["total"] > 0
 

@@ -255,6 +255,20 @@ def test_models_without_a_place_for_it_are_refused() -> None:
         TextLMConfig.model_validate({**section(), "depths": {"auxiliary": "along"}})
 
 
+@pytest.mark.parametrize(("init", "expected"), [("default", 0.1), ("scaled", 0.05)])
+def test_what_writes_to_the_residual_begins_as_small_as_the_models_own(init: str, expected: float) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    language = {"tokenizer": "builtin:emoji", "config": config, "init": init}
+    system = TextLMConfig.model_validate({"language": language, "meta_tokens": {"rate": 0.1}}).build()
+    for layer in system.language.model.layers:
+        for part in (layer.meta.o_proj, layer.self_attn.o_proj):
+            assert part.weight.std().item() == pytest.approx(expected, rel=0.1)
+        assert layer.meta.q_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
 def test_a_call_without_places_says_so() -> None:
     system, layout = build()
     with pytest.raises(ValueError, match="needs `meta`"):

@@ -116,9 +116,28 @@ def test_names_of_special_tokens_are_spelt_by_the_models_own_tokenizer(tmp_path:
         torch.testing.assert_close(has[len(old) :], torch.stack(expected))
 
 
-def published(folder: Path, tied: bool, kind: str = "llama") -> Path:
+@pytest.mark.parametrize("spare", [1, 5])
+def test_new_tokens_begin_on_spare_rows_too(spare: int, tmp_path: Path) -> None:
+    folder = published(tmp_path, tied=False, spare=spare)
+    old, before = Tokenizer.load(str(folder)), tables(AutoModelForCausalLM.from_pretrained(folder))
+    assert before[0].shape[0] == len(old) + spare
+    names = {"name": str(folder), "added_tokens": ("<picture>", "<sound>")}
+    model = backbone.load(LanguageConfig.model_validate({**names, "new_rows": "subtokens"}), len(old) + 2)
+    for had, has in zip(before, tables(model), strict=True):
+        assert len(has) == len(old) + max(2, spare) and torch.equal(has[: len(old)], had[: len(old)])
+        expected = [had[old.encode(name)].mean(0) for name in ("<picture>", "<sound>")]
+        torch.testing.assert_close(has[len(old) : len(old) + 2], torch.stack(expected))
+        assert torch.equal(has[len(old) + 2 :], had[len(old) + 2 :])
+    if spare == 5:
+        kept = backbone.load(LanguageConfig.model_validate(names), len(old) + 2)
+        assert all(torch.equal(had, has) for had, has in zip(before, tables(kept), strict=True))
+
+
+def published(folder: Path, tied: bool, kind: str = "llama", spare: int = 0) -> Path:
     """A folder as one finds it on the hub."""
     values = {"model_type": kind, **SMALL, "tie_word_embeddings": tied, "max_position_embeddings": 128}
+    if spare:
+        values["vocab_size"] = len(Tokenizer.load("builtin:emoji")) + spare
     config = TextLMConfig.model_validate({"language": {"tokenizer": "builtin:emoji", "config": values}})
     torch.manual_seed(0)
     language = config.build().language
@@ -147,6 +166,16 @@ def test_contextual_rows_are_means_over_sentences(tmp_path: Path) -> None:
                 sums[number] += states[own].mean(0)
                 at = sentence.find(word, at + 1)
     torch.testing.assert_close(found[:2], torch.stack([sums[0] / 4, sums[1]]))
+
+
+def test_contexts_are_no_longer_than_the_model(tmp_path: Path) -> None:
+    folder = published(tmp_path, tied=True, kind="gpt2")
+    old, new = Tokenizer.load(str(folder)), Tokenizer.load(str(folder), added=())
+    new._backend.add_tokens(["glomerulus"])
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert model.config.max_position_embeddings == 128
+    found, counts = contextual(model, old, new, len(old), ["A glomerulus " + "and one more " * 200])
+    assert counts == [1] and found[0].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -272,7 +272,6 @@ def test_recomputed_activations_give_the_same_gradients(mode: str, ranks: Ranks,
     ("settings", "message"),
     [
         (["train.engine={kind: deepspeed, stage: 0, offload_optimizer: true}"], "needs stage 1, 2 or 3"),
-        (["train.engine={kind: deepspeed, stage: 3}", "train.ema=0.9"], "train.ema is not for"),
         (["train.engine={kind: deepspeed, raw: {fp16: {enabled: true}}}"], "fp16 is set by train.precision"),
         (["train.engine={kind: deepspeed, raw: {train_batch_size: 8}}"], "set by train.batch_tokens"),
         (["train.engine={kind: deepspeed, raw: {optimizer: {type: Adam}}}"], "set by train.optimizer"),

@@ -43,6 +43,34 @@ def closed_form(history: list[Tensor], decay: float) -> Tensor:
     return total
 
 
+def test_what_comes_later_counts_from_there() -> None:
+    """The averages of another stage go on; those of a new part are those of a run that begins with it."""
+    before = net()
+    ema = EMA(before, 0.999)
+    for step in range(30):
+        change(before, 0.01 * (step % 3))
+        ema.update()
+    system, alone = nn.ModuleDict({"old": before, "new": net()}), net()
+    both, fresh = EMA(system, 0.999), EMA(alone, 0.999)
+    for name, average in ema.averages.items():
+        both.averages[f"old.{name}"].copy_(average)
+    both.go_on(ema.state_dict(), {f"old.{name}" for name in ema.averages})
+    for step in range(20):
+        for one in (system, alone):
+            change(one, 0.02 * (step % 2))
+        ema.update()  # of what is the system's, too
+        both.update()
+        fresh.update()
+        if step == 10:
+            resumed = EMA(system, 0.999)
+            resumed.load_state_dict(both.state_dict())
+            resumed.averages = both.averages
+            both = resumed
+    for name in ema.averages:
+        assert torch.equal(both.averages[f"old.{name}"], ema.averages[name])
+        assert torch.equal(both.averages[f"new.{name}"], fresh.averages[name])
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_average_is_the_closed_form(decay: float) -> None:
     system = net()

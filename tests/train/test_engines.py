@@ -22,6 +22,7 @@ from mm.data.loader import EMPTY
 from mm.data.packed import Pack, join_segments
 from mm.data.sample import Media, Text
 from mm.data.tokens import make_segment
+from mm.errors import ConfigError
 from mm.models.config import SYSTEMS
 from mm.settings import KindSection
 from mm.train.config import TrainConfig
@@ -98,6 +99,24 @@ def train_config(engine: dict[str, Any], optimizer: str, rules: list[Any], preci
     }
     values = {"device": "cpu", "engine": engine, "optimizer": kinds[optimizer], "params": rules, "clip_norm": 0.5}
     return TrainConfig.model_validate({**values, "precision": precision})
+
+
+def test_patterns_that_match_no_unit_are_refused() -> None:
+    """Precision is a unit's; of a module inside one it would change nothing."""
+
+    def shard(**engine: Any) -> None:
+        train = train_config({"kind": "fsdp", **engine}, "adamw", [])
+        one = train.engine.build(World(), train)
+        units = one._units(["vision", "language", "language.lm_head", "language.layers.0"])
+        one._check_precision(units | {"language.layers.0"})
+
+    rule = {"weights": "bf16"}
+    shard(precision=[{"match": "vision.*", **rule}, {"match": r".*layers\.\d+", **rule}, {"match": "", **rule}])
+    with pytest.raises(ConfigError, match=r"precision: 'language\.lm_head' matches nothing that is gathered as one"):
+        shard(precision=[{"match": "language.lm_head", **rule}])
+    shard(units=["language.lm_head"], precision=[{"match": "language.lm_head", **rule}])
+    with pytest.raises(ConfigError, match=r"units: 'langage' matches no module"):
+        shard(units=["vision", "langage"])
 
 
 def run_split(

@@ -189,6 +189,8 @@ def test_what_does_not_fit_is_said() -> None:
         ("warmup", "11 steps are more than the schedule's 10 (train.max_steps)")
     ]
     assert [key for key, _ in WSDConfig(warmup=40, decay=0.7).problems(100)] == ["decay"]
+    exact = WSDConfig(warmup=0.1, decay=0.9)
+    assert exact.problems(13) == []
     assert infinite().problems(5) == []
     (problem,) = infinite(anneal={"at": 60, "steps": 50}).problems(100)
     assert problem == ("anneal", "ends at step 110, behind the schedule's 100: set train.max_steps to it")

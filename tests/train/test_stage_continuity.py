@@ -415,6 +415,7 @@ def test_steps_on_the_data_of_another_run_take_no_packs() -> None:
     with pytest.raises(ConfigError, match=r"max_steps 8 takes 12 packs, .* 4 of them in stages before: set at most 7 "):
         count_steps(train, 10, 4, 10, first=4, other_data=5)
     assert count_steps(TrainConfig(epochs=2), None, 4, 10, other_data=6) == 6 + 5
+    assert count_steps(TrainConfig(epochs=1.1), None, 1, 10) == 11
 
 
 def test_a_branch_in_the_second_stage(configured: Configured, texts: Path) -> None:

@@ -175,6 +175,11 @@ def test_wrong_stages_are_one_line(staged: Callable[..., RunConfig]) -> None:
         staged(stages=[{"name": "a", "train": {"max_stps": 3}}])
     with pytest.raises(ConfigError, match=r"train\.engine: is the whole run's: set it above the stages"):
         staged(stages=[{"name": "a", "train": {"engine": {"kind": "fsdp"}}}])
+    with pytest.raises(ConfigError, match=r"train\.deterministic: is the whole run's"):
+        staged(stages=[{"name": "a", "train": {"deterministic": True}}])
+    with pytest.raises(ConfigError, match=r"train\.ema: not for train\.engine\.stage 3"):
+        averaged = {"name": "b", "train": {"max_steps": 1, "ema": 0.9}}
+        staged("train.engine={kind: deepspeed, stage: 3}", stages=[{"name": "a", "train": {"max_steps": 1}}, averaged])
 
 
 def test_adapters_of_a_stage_are_merged_for_the_next(staged: Callable[..., RunConfig], tmp_path: Path) -> None:

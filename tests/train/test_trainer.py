@@ -19,6 +19,7 @@ from mm.train import checkpoint
 from mm.train.metrics import MetricsLog, read_metrics
 from mm.train.run_folder import RunFolder
 from mm.train.signals import Interrupted
+from mm.train.stages import Stage
 from mm.train.trainer import Trainer
 
 
@@ -154,6 +155,74 @@ def test_stopped_by_a_signal_and_resumed_equals_never_stopped(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for (name, a), (_, b) in zip(resumed.system.named_parameters(), trainer.system.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_an_evaluation_that_a_signal_left_out_is_made_up(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, when: str, step: int
+) -> None:
+    """It is best, and decides whether the run ends, as in a run that nobody stopped."""
+    settings = ("data.test=[]", "evaluation.every=4", "train.best={patience: 1}", "train.optimizer.lr=1e-3")
+
+    class Stopped(Trainer):
+        evaluated = 0
+
+        def _validate(self, stage: Stage) -> dict[str, float]:
+            self.evaluated += 1
+            if when == "during" and self.progress.step == step:
+                self.signals.seen = signal.SIGTERM
+            return super()._validate(stage)
+
+        def _next(self, steps: Any) -> Any:
+            if when == "before" and self.progress.step == step - 1:
+                self.signals.seen = signal.SIGTERM
+            return super()._next(steps)
+
+    whole, _ = run(tiny_config(f"out={tmp_path / 'whole'}", *settings))
+    config = tiny_config(f"out={tmp_path / 'parts'}", *settings)
+    stopped = Stopped(config, Silent())
+    with pytest.raises(Interrupted, match=f"after step {step} of 8"):
+        stopped.run()
+    assert stopped.evaluated == step // 4 - (when == "before") and stopped.progress.unevaluated
+    resumed, _ = run(config, resume=True)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    timed = ("elapsed", "data_wait", "memory_gb")
+    kept = [
+        [{k: v for k, v in row.items() if k not in timed and "_per_second" not in k} for row in one] for one in rows
+    ]
+    assert kept[0] == kept[1] and sum("validation_loss" in row for row in kept[0]) == 2
+    assert resumed.progress.best == whole.progress.best and resumed.progress.stale == whole.progress.stale
+    best = [checkpoint.pointed(tmp_path / name / "checkpoints", "best") for name in ("whole", "parts")]
+    assert best[0] is not None and best[1] is not None and best[0].name == best[1].name
+    again, _ = run(config, resume=True)
+    assert "was left at" in str(resumed.watcher.events)  # type: ignore[attr-defined]
+    assert "was left at" not in str(again.watcher.events)  # type: ignore[attr-defined]
+
+
+def test_a_best_that_was_lost_on_the_way_to_the_disk_is_forgotten(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Evaluations since then count on from those before it."""
+    config = tiny_config(f"out={tmp_path / 'run'}", "data.test=[]", "evaluation.every=2", "train.best={patience: 9}")
+    values = iter([3.0, 1.0, 2.0, 2.5])
+
+    class Lost(Trainer):
+        def _validate(self, stage: Stage) -> dict[str, float]:
+            return {"validation_loss": next(values)}
+
+    trainer = Lost(config, Silent())
+    ended, failures = checkpoint.Checkpoints.ended, [OSError(28, "No space left on device")]
+
+    def failing(self: checkpoint.Checkpoints) -> Any:
+        found = ended(self)
+        return failures.pop() if failures and trainer.progress.stale == 2 else found  # of the save of 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "ended", failing)
+        trainer.run()
+    assert not failures
+    assert (trainer.progress.best, trainer.progress.stale) == (3.0, 3)
 
 
 KILLED = """

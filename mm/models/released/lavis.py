@@ -328,9 +328,12 @@ def published(language: Any, name: str) -> "dict[str, Tensor]":
     `ConfigError`."""
     from mm.models import backbone
     from mm.models.config import LanguageConfig
+    from mm.models.vocabulary import add_rows
 
-    rows = language.get_input_embeddings().num_embeddings
-    found: dict[str, Tensor] = backbone.load(LanguageConfig(name=name, new_rows="mean"), rows).state_dict()
+    rows, model = language.get_input_embeddings().num_embeddings, backbone.load(LanguageConfig(name=name), 0)
+    if model.get_input_embeddings().num_embeddings < rows:
+        add_rows(model, rows, "mean")
+    found: dict[str, Tensor] = model.state_dict()
     return found
 
 

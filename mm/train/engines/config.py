@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mm.errors import ConfigError
-from mm.settings import Count, Kinds, KindSection, Section
+from mm.settings import Count, Kinds, KindSection, Pattern, Section
 
 if TYPE_CHECKING:
     from mm.train.distributed import World
@@ -39,8 +39,8 @@ class SingleConfig(KindSection):
 class PrecisionRule(Section):
     """The precision that the weights of modules whose whole name matches are gathered and used in."""
 
-    match: str
-    """A regular expression for whole names of sharded modules, such as `vision.*`."""
+    match: Pattern
+    """A regular expression for whole names of units and blocks, such as `vision.*`; the empty one for the outermost."""
     weights: Literal["fp32", "bf16"]
 
 
@@ -54,7 +54,7 @@ class FSDPConfig(KindSection):
     expert_parallel: Count = Field(default=1, ge=1)
     """Ranks that the experts of a group are divided over, such as the 8 GPUs of a node: tokens travel instead of
     weights. It divides the experts of every group with several; a group of one stays in parts like other weights."""
-    units: list[str] = [r"[^.]*(vision|audio|video|connector|resampler|projector)[^.]*"]
+    units: list[Pattern] = [r"[^.]*(vision|audio|video|connector|resampler|projector)[^.]*"]
     """Whole names of modules that are gathered as one beside the blocks of `train.blocks`. What neither names is kept
     together as the outermost unit: embeddings and head of the language model."""
     precision: list[PrecisionRule] = []

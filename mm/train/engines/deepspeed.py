@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,11 +87,6 @@ class DeepSpeedEngine(SingleEngine):
             raise ConfigError(
                 "train.engine.offload_optimizer needs stage 1, 2 or 3: at stage 0 DeepSpeed keeps the optimizer's "
                 "state beside the weights"
-            )
-        if train.ema and self.stage == 3:
-            raise ConfigError(
-                "train.ema is not for train.engine.stage 3, which keeps no weights whole between steps; set stage 2, "
-                "or train.engine.kind fsdp"
             )
         self._settings(1)
 
@@ -410,10 +405,6 @@ def _reset(deepspeed: Any) -> None:
     original = getattr(zero.partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
     if original is not None:
         torch.nn.functional.linear = original
-
-
-def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-    return torch._foreach_norm(tensors, 2, dtype=dtype) if tensors else ()
 
 
 def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -60,9 +60,8 @@ class FSDPEngine(SingleEngine):
         self.mesh = self._mesh(shard=self.size)
         placements = self._place_experts(system)
         named = [(name, module) for name, module in system.named_modules() if name]
-        self._check_patterns([name for name, _ in named])
-        units = {name for name, _ in named if any(re.fullmatch(pattern, name) for pattern in self.config.units)}
-        units |= set(find_blocks(system, self.train.blocks))
+        units = self._units([name for name, _ in named]) | set(find_blocks(system, self.train.blocks))
+        self._check_precision(units)
         offload = (
             CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.config.cpu_offload else OffloadPolicy()
         )
@@ -144,10 +143,20 @@ class FSDPEngine(SingleEngine):
         # Activations are autocast's business, in every engine alike.
         return MixedPrecisionPolicy(DTYPES[default], reduce_dtype=torch.float32, cast_forward_inputs=False)
 
-    def _check_patterns(self, names: list[str]) -> None:
+    def _units(self, names: list[str]) -> set[str]:
+        """Those of `train.engine.units`. Raises `ConfigError` for a pattern that matches nothing; the default may."""
+        found = {pattern: {name for name in names if re.fullmatch(pattern, name)} for pattern in self.config.units}
+        if "units" in self.config.model_fields_set and (nothing := [one for one, some in found.items() if not some]):
+            raise ConfigError(f"train.engine.units: {nothing[0]!r} matches no module")
+        return set().union(*found.values())
+
+    def _check_precision(self, units: set[str]) -> None:
         for rule in self.config.precision:
-            if not any(re.fullmatch(rule.match, name) for name in names):
-                raise ConfigError(f"train.engine.precision: {rule.match!r} matches no module")
+            if not any(re.fullmatch(rule.match, name) for name in ("", *units)):
+                raise ConfigError(
+                    f"train.engine.precision: {rule.match!r} matches nothing that is gathered as one: the blocks of "
+                    "train.blocks, what train.engine.units names, and '' for all the rest"
+                )
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if self.copies > 1:

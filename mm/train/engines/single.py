@@ -132,7 +132,7 @@ class SingleEngine:
         """Let go of what outlives the system, so that another engine can follow in this process."""
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that is in parts, on every rank; for optimizers that work on whole matrices."""
+        """All of a tensor that is in parts, on every rank."""
         return _whole(tensor)
 
 

@@ -57,7 +57,8 @@ class MuonConfig(OptimizerConfig):
     """Newton-Schulz iterations."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Updates are scaled by 0.2 sqrt(max(rows, columns)), so that learning rate and decay are AdamW's; or by
-    sqrt(max(1, rows / columns))."""
+    sqrt(max(1, rows / columns)), where rows are outputs, but of GPT-2's weights in transformers, which lie the other
+    way."""
     adamw_lr: Number | None = Field(default=None, gt=0)
     """Peak learning rate of what is no matrix; by default `lr`."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

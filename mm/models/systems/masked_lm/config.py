@@ -26,8 +26,7 @@ class EncoderConfig(Section):
     added_tokens: tuple[str, ...] = ()
     """Special tokens to append to the tokenizer where it lacks them."""
     new_rows: Literal["mean", "normal"] | None = None
-    """What the embeddings of tokens begin as that a published model has no rows for, as of `text_lm`. By default such a
-    model is refused."""
+    """What the embeddings of tokens begin as that a published model's own tokenizer lacks, as of `text_lm`."""
 
     @model_validator(mode="after")
     def _names_one_model(self) -> "EncoderConfig":

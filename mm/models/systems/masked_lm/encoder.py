@@ -19,7 +19,7 @@ from mm.errors import ConfigError
 from mm.models import attention, backbone
 from mm.models.objectives import linear_cross_entropy_losses, next_token_losses
 from mm.models.systems.masked_lm.config import EncoderConfig
-from mm.models.vocabulary import add_rows, check_tokenizer
+from mm.models.vocabulary import check_tokenizer, make_room
 
 Targets = Tensor | Callable[[Callable[[slice], Tensor]], Tensor]
 
@@ -52,15 +52,7 @@ def load(config: EncoderConfig, vocab_size: int, pad: int, weights: bool = True)
             model = auto.from_config(transformers.AutoConfig.for_model(values.pop("model_type"), **values), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(f"model.language {name}: cannot be built: {_first_line(error)}") from None
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < vocab_size and config.new_rows is not None:
-        add_rows(model, vocab_size, config.new_rows)
-    elif rows < vocab_size:
-        raise ConfigError(
-            f"model.language {name}: the tokenizer has {vocab_size} tokens, the model {rows} embedding rows; "
-            "give the model's own tokenizer, or say what the embeddings of added tokens begin as "
-            "(model.language.new_rows)"
-        )
+    make_room(model, config, vocab_size, weights)
     behind_pad, model.ends_in_head = probe(model, name)
     own = model.config.pad_token_id
     if behind_pad and own != pad:

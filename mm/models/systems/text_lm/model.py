@@ -39,7 +39,8 @@ class TextLM(GenerativeSystem):
         self.meta_attention, self.zero_positions = bool(meta and meta.attention), bool(meta and meta.zero_positions)
         self.meta_id = tokenizer.id(meta.token) if meta else -1
         if self.meta_attention:
-            insert_meta_attention(self.language, backbone.miniature(self.language, layers=1))
+            tiny = backbone.miniature(self.language, layers=1)
+            insert_meta_attention(self.language, tiny, scaled=config.language.init == "scaled")
         if self.zero_positions and not hasattr(self.language.base_model, "rotary_emb"):
             raise ConfigError(
                 f"model.meta_tokens.zero_positions: {self.language.config.model_type} does not rotate its queries and "
