@@ -126,14 +126,14 @@ def train(run: Run, config: Config, folder: Path) -> Row:
         raise SystemExit(f"{run.name}, seed {run.seed}: ended with status {status}; the same command goes on")
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     logged = [row for row in rows if "elapsed" in row]
-    about = json.loads((folder / "run" / "run.json").read_text())
+    about, tested = json.loads((folder / "run" / "run.json").read_text()), folder / "run" / "eval.json"
     return {
         "threads": about["threads"],
         "steps": logged[-1]["step"],
         "seconds": logged[-1]["elapsed"],
         "step_seconds": round(1 / statistics.median(row["steps_per_second"] for row in logged), 5),
         **{name: logged[-1][name] for name in ("tokens", "loss_tokens") if name in logged[-1]},
-        "result": json.loads((folder / "run" / "eval.json").read_text()),
+        "result": json.loads(tested.read_text()) if tested.exists() else {},  # of runs without a test split none
         "curve": [[row["step"], row["elapsed"], row["validation_loss"]] for row in rows if "validation_loss" in row],
     }
 
