@@ -10,9 +10,10 @@ have the same compute whatever they replay. "union" sees all three mixed from th
   on, annealed over the last `ANNEAL` steps of the last stage.
 
 The peak rate of each schedule with each share of replay, and of the union, is the best of three or four by the
-validation loss of the three domains together at the end (seed 0). Both schedules end at `FINAL` of the peak. Forgetting of a domain is
-its test loss at the end less that after its own stage, so it holds what later stages teach it too; and a stage of the
-infinite schedule ends at a rate that is not annealed, so that it begins from a higher loss and seems to forget less.
+validation loss of the three domains together at the end (seed 0). Both schedules end at `FINAL` of the peak. Forgetting
+of a domain is its test loss at the end less that after its own stage, so it holds what later stages teach it too; and a
+stage of the infinite schedule ends at a rate that is not annealed, so that it begins from a higher loss and seems to
+forget less.
 What the arms have in the end is comparable.
 
     mm data build debian-text --out corpora/debian-text

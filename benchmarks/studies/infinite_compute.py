@@ -9,8 +9,9 @@ documentation: models of 0.2 to 2.2 million parameters read them some eleven tim
 - A student of that size that learns from the five.
 
 Every size has the best of three or four learning rates at decay 0.1, and then the best of three decays at that rate
-(seed 0, by the validation loss at the end), which is one pass and no search of both together. The lowest validation loss along the
-way shows what early stopping would save; laws are of test losses at the end, that of sizes over two seeds of each.
+(seed 0, by the validation loss at the end), which is one pass and no search of both together. The lowest validation
+loss along the way shows what early stopping would save; laws are of test losses at the end, that of sizes over two
+seeds of each.
 
     mm data build debian-text --out corpora/debian-text
 """
