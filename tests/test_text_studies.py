@@ -149,8 +149,9 @@ def test_what_is_tuned_is_chosen_on_validation_and_not_on_test() -> None:
     peaks = continual.ARMS["union"][2]
     assert continual.best_rate("union", rows([f"union, {rate:g}" for rate in peaks]))[0] == peaks[1]
     assert meco.best_rate("plain", rows([f"plain, {rate:g}" for rate in meco.RATES]))[0] == meco.RATES[1]
-    size, by_rate = "64 x 2", rows([f"64 x 2, rate {rate:g}" for rate in infinite_compute.RATES])
-    assert infinite_compute.rate_of(size, by_rate) == infinite_compute.RATES[1]
+    size, rates = "96 x 3", infinite_compute.RATES["96 x 3"]
+    by_rate = rows([f"{size}, rate {rate:g}" for rate in rates])
+    assert infinite_compute.rate_of(size, by_rate) == rates[1]
     by_decay = rows(["", *(infinite_compute.name_of(size, decay) for decay in infinite_compute.DECAYS[1:])])
     by_decay[1]["curve"][0][2] = -1.0
     assert infinite_compute.decay_of(size, [*by_rate, *by_decay]) == infinite_compute.DECAYS[1]

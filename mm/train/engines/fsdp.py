@@ -146,7 +146,8 @@ class FSDPEngine(SingleEngine):
     def _units(self, names: list[str]) -> set[str]:
         """Those of `train.engine.units`. Raises `ConfigError` for a pattern that matches nothing; the default may."""
         found = {pattern: {name for name in names if re.fullmatch(pattern, name)} for pattern in self.config.units}
-        if "units" in self.config.model_fields_set and (nothing := [one for one, some in found.items() if not some]):
+        default = FSDPConfig.model_fields["units"].default
+        if self.config.units != default and (nothing := [one for one, some in found.items() if not some]):
             raise ConfigError(f"train.engine.units: {nothing[0]!r} matches no module")
         return set().union(*found.values())
 
