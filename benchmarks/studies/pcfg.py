@@ -42,7 +42,8 @@ def prepare() -> None:
 
 
 def config(told: int, rate: float) -> Config:
-    sections = load_config(CONFIG, [f"train.max_steps={STEPS}", f"train.optimizer.lr={rate}"]).resolved()
+    settings = (f"train.max_steps={STEPS}", f"train.optimizer.lr={rate}", "train.guard.sigmas=0")
+    sections = load_config(CONFIG, settings).resolved()
     sections["data"]["workers"] = 0
     for split, name, known in (("sources", "train", told), ("validation", "validation", 0)):
         path = str(DATA / f"{name}-*.jsonl.gz")
