@@ -53,6 +53,11 @@ class Fit:
     by_seeds: bool
     """Intervals are over the seeds at every x; else over what the law misses."""
 
+    @property
+    def settled(self) -> bool:
+        """The best exponent is inside what was tried, and losses fall; else the points show no such law."""
+        return self.A.value > 0 and bool(EXPONENTS[0] < self.a.value < EXPONENTS[-1])
+
     def at(self, x: float) -> Estimate:
         """What the law says at x."""
         return _estimate(self.E.value + self.A.value * x**-self.a.value, _law(self.draws, x))

@@ -62,6 +62,24 @@ def test_a_law_does_not_rise() -> None:
     assert fit.E.value == pytest.approx(2.02)
 
 
+@pytest.mark.parametrize(
+    ("losses", "settled"),
+    [
+        ((5.0, 4.0, 3.4, 3.0, 2.9), True),
+        ((5.0, 2.0, 2.0, 2.0, 2.1), False),  # all of the fall before the second point
+        ((5.0, 4.0, 3.0, 2.0, 1.0), False),  # no end of the fall
+        ((2.0, 2.0, 2.0, 2.0, 2.1), False),
+    ],
+)
+def test_what_is_no_law_is_said_to_be_none(
+    losses: tuple[float, ...], settled: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "sizes.csv"
+    table.write_text("N,loss\n" + "".join(f"{2**k},{loss}\n" for k, loss in enumerate(losses)))
+    assert cli.main(["fit", str(table), "--law", "E+A/N^a", "--metric", "loss"]) == 0
+    assert ("these points show no such law" in capsys.readouterr().out) == (not settled)
+
+
 def test_too_few_points_are_refused() -> None:
     with pytest.raises(DataError, match=r"at least, found 3: 1, 2, 4"):
         fit_power([1, 2, 4, 4], [3, 2, 1.5, 1.6])

@@ -207,6 +207,8 @@ def parameters(size: str) -> int:
 
 
 def law(fit: Any, of: str) -> str:
+    if not fit.settled:
+        return f"no law E + A / {of}^a: losses do not fall, or best with an exponent at the end of what was tried."
     seeds = "seeds" if fit.by_seeds else "what the law misses"
     return f"E = {fit.E}, A = {fit.A}, a = {fit.a} of E + A / {of}^a (95 % over {seeds})"
 

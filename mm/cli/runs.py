@@ -138,10 +138,14 @@ def fit(args: argparse.Namespace) -> Result:
     numbers = {"E": found.E, "A": found.A, "a": found.a, **{f"at {x:g}": found.at(x) for x in args.at}}
     for name, number in numbers.items():
         say(args, f"  {name}: {number}")
+    if not found.settled:
+        tried = f"{fits.EXPONENTS[0]:g} to {fits.EXPONENTS[-1]:g}"
+        say(args, f"these points show no such law: they do not fall, or best with an exponent at the end of {tried}")
     if args.out:
         fits.draw(Path(args.out), points, found, of, args.metric)
         say(args, f"wrote {args.out}")
-    return {name: [number.value, number.low, number.high] for name, number in numbers.items()}
+    estimates = {name: [number.value, number.low, number.high] for name, number in numbers.items()}
+    return {**estimates, "settled": found.settled}
 
 
 def checkpoint_ls(args: argparse.Namespace) -> Result:
