@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
-from ranks import Ranks
+from ranks import Ranks, preload
 from tiny_run import TINY
 
 from mm.config import RunConfig, load_config
+
+
+def pytest_sessionstart() -> None:
+    """Before a worker of a whole suite packs anything, so that all its processes are forked from the same one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        preload()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""A pool of processes for tests of several ranks: started once a session, since importing torch takes seconds.
+"""A pool of processes for tests of several ranks, and for those that are killed.
+
+They are forked from one that has imported what takes seconds to import.
 
 `ranks.run(function, 2, argument)` calls `function(argument)` in two processes that torchrun could have started (RANK,
 WORLD_SIZE, …) and returns what each gave. Functions are module-level. A job that takes too long fails the test, and
@@ -13,9 +15,25 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
-MOST = 4
+PRELOADED = ["mm.train.trainer", "torchvision", "timm"]
+
+
+def preload() -> None:
+    """The forkserver of this process, which also packs, with these modules; to be called before it is there."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    ensure_running()
+
+
+def status_of(function: Callable[..., object], *arguments: Any) -> int | None:
+    """How a module-level function ends in a process of its own: its exit status, minus the signal that killed it."""
+    preload()
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 class RankError(AssertionError):
@@ -68,7 +86,8 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self, ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        preload()
+        context = multiprocessing.get_context("forkserver")
         while len(self._processes) < ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)

@@ -1,7 +1,7 @@
 """Training killed again and again goes on as if nothing had happened; a spike in the data is survived.
 
 `MM_SOAK_KILLS`: how often a run is killed (a fifth of that on two ranks), half of the times inside a save.
-`MM_SOAK_SEED`: when. A new process costs seconds of imports, so one that has done them forks for every attempt.
+`MM_SOAK_SEED`: when.
 """
 
 import json
@@ -86,54 +86,25 @@ def arm(rng: np.random.Generator, inside: bool) -> None:
         kill_at_a_moment(int(rng.integers(0, 3)), float(rng.uniform(0, 0.05)))
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str]) -> None:
+    """`mm train --resume`; ends the process."""
     from mm.cli import main
 
-    return main(["train", *arguments, "--resume"])
+    raise SystemExit(main(["train", *arguments, "--resume"]))
 
 
-def forked(function: Callable[[], int]) -> int:
-    """The status of a function in a process of its own; minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            status = function()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def check_newest(folder: Path) -> int:
-    """0: there is none yet, or it is whole, every byte of it."""
+def check_newest(folder: Path) -> None:
+    """There is none yet, or it is whole, every byte of it."""
     from mm.train import checkpoint
     from mm.train.checkpoint_tools import verify
 
     newest = checkpoint.newest(folder)
-    return 0 if newest is None or not any(verify(newest, lambda what, count: None).values()) else 2
+    assert newest is None or not any(verify(newest, lambda what, count: None).values())
 
 
-def in_one_process(config: str, whole: str, out: str) -> list[dict[str, Any]]:
-    """The undisturbed run, and the one that is killed; returns what happened to the latter."""
-    from mm.config import load_config
-
-    load_config(config).model.build()  # for what it imports
-    assert forked(lambda: train([config, f"out={whole}", *OVERRIDES])) == 0
-    rng, found = np.random.default_rng(SEED), []
-    for number in range(KILLS):
-        inside = number % 2 == 0
-        child = np.random.default_rng(rng.integers(1 << 32))
-
-        def attempt(child: np.random.Generator = child, inside: bool = inside) -> int:
-            arm(child, inside)
-            return train([config, f"out={out}", *OVERRIDES])
-
-        status = forked(attempt)
-        partial = [path.name for path in Path(out, "checkpoints").glob(".*")]
-        check = forked(lambda: check_newest(Path(out, "checkpoints")))
-        found.append({"inside": inside, "status": status, "left": partial, "check": check})
-    assert forked(lambda: train([config, f"out={out}", *OVERRIDES])) == 0
-    return found
+def attempt(seed: int, inside: bool, arguments: list[str]) -> None:
+    arm(np.random.default_rng(seed), inside)
+    train(arguments)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -147,14 +118,19 @@ def environment() -> dict[str, str]:
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from ranks import status_of
+
     config = tiny(train={**_tiny_train(), "max_steps": STEPS_AN_ATTEMPT * (KILLS + 1)})
-    command = [sys.executable, __file__, str(config), str(tmp_path / "whole"), str(tmp_path / "killed")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    for one in found:
-        assert one["status"] == -signal.SIGKILL and one["check"] == 0, one
-    cut = [one for one in found if any(name.endswith(".partial") for name in one["left"])]
+    whole, out = ([str(config), f"out={tmp_path / name}", *OVERRIDES] for name in ("whole", "killed"))
+    assert status_of(train, whole) == 0
+    rng, found = np.random.default_rng(SEED), []
+    for number in range(KILLS):
+        inside = number % 2 == 0
+        assert status_of(attempt, int(rng.integers(1 << 32)), inside, out) == -signal.SIGKILL
+        found.append([path.name for path in (tmp_path / "killed/checkpoints").glob(".*")])
+        check_newest(tmp_path / "killed/checkpoints")
+    assert status_of(train, out) == 0
+    cut = [one for one in found if any(name.endswith(".partial") for name in one)]
     assert cut, "no kill fell into a save"
     print(f"{len(found)} kills, {len(cut)} of them left a half-written checkpoint")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -188,7 +164,7 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on_bit_for_bit(
         command += [config, f"out={out}", *OVERRIDES]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
         assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
-        assert check_newest(out / "checkpoints") == 0
+        check_newest(out / "checkpoints")
     ranks.run(run_trainer, 2, config, str(out))
     assert losses(out) == losses(whole)
 
@@ -257,9 +233,7 @@ def test_a_spike_is_skipped_rewound_and_passed_over(
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        rank, inside, seed = map(int, sys.argv[1].split(","))
-        if int(os.environ["RANK"]) == rank:
-            arm(np.random.default_rng(seed), bool(inside))
-        raise SystemExit(train(sys.argv[2:]))
-    print("\n" + json.dumps(in_one_process(*sys.argv[1:])))
+    rank, inside, seed = map(int, sys.argv[1].split(","))
+    if int(os.environ["RANK"]) == rank:
+        arm(np.random.default_rng(seed), bool(inside))
+    train(sys.argv[2:])

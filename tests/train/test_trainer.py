@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import status_of
 
+from mm import cli
 from mm.config import RunConfig, load_config
 from mm.errors import CheckpointError, ConfigError
 from mm.train import checkpoint
@@ -225,28 +227,26 @@ def test_a_best_that_was_lost_on_the_way_to_the_disk_is_forgotten(
     assert (trainer.progress.best, trainer.progress.stale) == (3.0, 3)
 
 
-KILLED = """
-import os, signal, sys
-import mm.train.checkpoint as checkpoint
-from mm.cli import main
-calls, kill_at = 0, int(sys.argv[1])
-real = checkpoint.fsync
-def fsync(path):
-    global calls
-    calls += 1
-    if calls == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path)
-checkpoint.fsync = fsync
-import mm.train.step as step
-call = step.Stepper.__call__
-def counted(self, batches, totals, number, lr):
-    if number == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(self, batches, totals, number, lr)
-step.Stepper.__call__ = counted
-raise SystemExit(main(sys.argv[3:]))
-"""
+def killed(at_fsync: int, at_step: int, command: list[str]) -> None:
+    """`mm train` that ends in a call of fsync, or before a step."""
+    import mm.train.step as step
+
+    calls, fsync, call = 0, checkpoint.fsync, step.Stepper.__call__
+
+    def counted(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at_fsync:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(path)
+
+    def stepped(self: Any, batches: Any, totals: Any, number: int, lr: Any) -> Any:
+        if number == at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(self, batches, totals, number, lr)
+
+    checkpoint.fsync, step.Stepper.__call__ = counted, stepped  # type: ignore[method-assign,assignment]
+    raise SystemExit(cli.main(command))
 
 
 def test_killed_before_the_first_save_and_inside_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -254,9 +254,8 @@ def test_killed_before_the_first_save_and_inside_one(tiny: Callable[..., Path], 
     run(load_config(tiny(), (f"out={tmp_path / 'whole'}", *NO_TEST, "train.save_every=2")))
     out = tmp_path / "killed"
     command = ["train", str(tiny()), f"out={out}", *NO_TEST, "train.save_every=2", "--resume"]
-    for fsync, step in (("-1", "1"), ("3", "-1"), ("-1", "5")):
-        done = subprocess.run([sys.executable, "-c", KILLED, fsync, step, *command], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    for at_fsync, at_step in ((-1, 1), (3, -1), (-1, 5)):
+        assert status_of(killed, at_fsync, at_step, command) == -signal.SIGKILL
     assert checkpoint.complete(out / "checkpoints")[-1].name == "step-00000004"
     run(load_config(tiny(), (f"out={out}", *NO_TEST, "train.save_every=2")), resume=True)
     assert losses(out) == losses(tmp_path / "whole")
