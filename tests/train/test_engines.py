@@ -33,6 +33,7 @@ from mm.train.step import Stepper, count, counted
 
 LENGTH, STEPS = 64, 5
 MODEL = SYSTEMS.resolve("open_qwen2vl").model_validate(TINY["model"])
+LAYOUT = MODEL.layout()
 LANGUAGE = TINY["model"]["language"]
 UNTIED = MODEL.model_validate(
     {**TINY["model"], "language": {**LANGUAGE, "config": {**LANGUAGE["config"], "tie_word_embeddings": False}}}
@@ -48,12 +49,11 @@ def picture(seed: int) -> Media:
 
 def pack(row: int, pictures: bool) -> Pack:
     """Two or three segments of uneven length, each with a picture or none."""
-    layout = MODEL.layout()
     items = []
     for number in range(2 + row % 2):
         text = Text(" ".join(f"word{(row * 7 + number * 3 + k) % 11}" for k in range(2 + (row + number) % 4)))
         parts = (picture(row * 10 + number), text) if pictures else (text,)
-        items.append((f"{row}#{number}", "s", make_segment(parts, layout, "test", Limits())))
+        items.append((f"{row}#{number}", "s", make_segment(parts, LAYOUT, "test", Limits())))
     return join_segments(items)
 
 
@@ -67,7 +67,7 @@ def batches(kind: str, world: World, micro_batches: int) -> list[PackedBatch]:
     share = np.array_split(np.arange(8), world.ranks)[world.rank]
     packs = rows(kind)
     parts = [[packs[row] for row in part] for part in np.array_split(share, micro_batches)]
-    return [collate(part or [EMPTY], MODEL.layout(), LENGTH) for part in parts]
+    return [collate(part or [EMPTY], LAYOUT, LENGTH) for part in parts]
 
 
 @dataclass
@@ -139,7 +139,7 @@ def run_split(
         freeze(system, train.params)
         groups = lambda prepared: parameter_groups(prepared, train.params, 0.1)  # noqa: E731
         one.prepare(system, groups, micro_batches)
-        stepper = Stepper(one, MODEL.layout(), Guard(train.guard), 0, train.clip_norm, ["s"])
+        stepper = Stepper(one, LAYOUT, Guard(train.guard), 0, train.clip_norm, ["s"])
         seen: dict[str, Any] = {"loss": [], "norm": []}
         for step in range(STEPS):
             mine = batches(kind, world, micro_batches)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from test_engines import LENGTH, MODEL, picture, train_config, whole_parameters
+from test_engines import LAYOUT, LENGTH, MODEL, picture, train_config, whole_parameters
 from tiny_run import TINY
 from torch import Tensor
 
@@ -86,14 +86,14 @@ def row_of(number: int) -> Pack:
     """One segment; of the last four of eight rows with one to four pictures before the text."""
     text = Text(" ".join(f"word{(number * 7 + k * k) % 13}" for k in range(6 + 2 * number % 5)))
     pictures = [picture(10 * number + k) for k in range(number - 3)]
-    return join_segments([(f"{number}", "s", make_segment((*pictures, text), MODEL.layout(), "test", Limits()))])
+    return join_segments([(f"{number}", "s", make_segment((*pictures, text), LAYOUT, "test", Limits()))])
 
 
 def batches(world: World, micro_batches: int) -> list[PackedBatch]:
     """This rank's share of eight rows, of which the first four have no pictures."""
     share = np.array_split(np.arange(8), world.ranks)[world.rank]
     return [
-        collate([row_of(row) for row in part], MODEL.layout(), LENGTH, draws=[(0, int(row)) for row in part])
+        collate([row_of(row) for row in part], LAYOUT, LENGTH, draws=[(0, int(row)) for row in part])
         for part in np.array_split(share, micro_batches)
     ]
 
@@ -111,7 +111,7 @@ def run(model: Any, split: Split, load: Path | None = None, save: Path | None = 
         if split.recompute:
             checkpoint_activations(system, CheckpointingConfig(mode="full"), find_blocks(system, train.blocks))
         engine.prepare(system, lambda prepared: parameter_groups(prepared, [], 0.1), split.micro_batches)
-        stepper = Stepper(engine, MODEL.layout(), Guard(train.guard), 0, train.clip_norm, ["s"])
+        stepper = Stepper(engine, LAYOUT, Guard(train.guard), 0, train.clip_norm, ["s"])
         ema = EMA(engine.system, 0.5) if engine.kind != "deepspeed" else None
         first = 0
         if load is not None:
@@ -133,7 +133,7 @@ def run(model: Any, split: Split, load: Path | None = None, save: Path | None = 
         if system.sparsity.learns:
             engine.system.eval()
             with torch.no_grad():
-                found["evaluated"] = evaluate.caption_loss(engine, MODEL.layout(), batches(world, 1))
+                found["evaluated"] = evaluate.caption_loss(engine, LAYOUT, batches(world, 1))
             found["written"] = written(engine)
         found["parameters"] = whole_parameters(engine)
         if ema is not None:
@@ -154,7 +154,7 @@ def written(engine: Any) -> dict[int, str]:
     for rank in range(4) if engine.world.ranks == 1 else [engine.world.rank]:
         prompt = raw_prompt(f"word{rank} ", [picture(rank)] if rank % 2 else [])
         how = dict(decoding=Decoding(max_new_tokens=3 + rank), synced=engine.world.ranks > 1)
-        (texts[rank],) = engine.call(generate, engine.system, MODEL.layout(), [prompt], **how)
+        (texts[rank],) = engine.call(generate, engine.system, LAYOUT, [prompt], **how)
     return texts
 
 

@@ -34,21 +34,21 @@ from mm.train.trainer import Trainer, Unwatched
 
 VISION = {**TINY["model"]["vision"], "resize": "native", "crop": 1.0}
 MODEL = SYSTEMS.resolve("open_qwen2vl").model_validate({**TINY["model"], "vision": VISION, "connector": {"pool": 2}})
+LAYOUT = MODEL.layout()
 PICTURES = [(3, 0), (0, 2), (1, 4), (2, 2)]
 """Of the two ranks, step by step."""
 
 
 def pack(step: int, rank: int) -> Pack:
-    layout = MODEL.layout()
-    items = [("text", "s", make_segment((Text(f"some words {step}"),), layout, "test", Limits()))]
+    items = [("text", "s", make_segment((Text(f"some words {step}"),), LAYOUT, "test", Limits()))]
     for number in range(PICTURES[step][rank]):
         parts = Media("image", picture(100 * step + 10 * rank + number), "png"), Text(f"picture {number}")
-        items.append((f"{number}", "s", make_segment(parts, layout, "test", Limits())))
+        items.append((f"{number}", "s", make_segment(parts, LAYOUT, "test", Limits())))
     return join_segments(items)
 
 
 def batch(step: int, rank: int) -> PackedBatch:
-    return collate([pack(step, rank)], MODEL.layout(), 128)
+    return collate([pack(step, rank)], LAYOUT, 128)
 
 
 def steps(engine: dict[str, Any], frozen: bool) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def steps(engine: dict[str, Any], frozen: bool) -> dict[str, Any]:
         freeze(system, train.params)
         ours = [world.rank] if world.ranks > 1 else [0, 1]
         one.prepare(system, lambda prepared: parameter_groups(prepared, train.params, 0.1), len(ours))
-        stepper = Stepper(one, MODEL.layout(), Guard(train.guard), 0, 1.0, ["s"])
+        stepper = Stepper(one, LAYOUT, Guard(train.guard), 0, 1.0, ["s"])
         losses = []
         for step in range(len(PICTURES)):
             mine = [batch(step, rank) for rank in ours]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from test_engines import MODEL
+from test_engines import LAYOUT
 from test_expert_parallel import MODELS, batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -264,7 +264,7 @@ def trained(
     try:
         torch.manual_seed(0)
         one.prepare(model.build().train(), lambda system: parameter_groups(system, [], 0.1), 1)
-        stepper = Stepper(one, MODEL.layout(), Guard(train.guard), 0, train.clip_norm, ["s"])
+        stepper = Stepper(one, LAYOUT, Guard(train.guard), 0, train.clip_norm, ["s"])
         first, losses = 0, []
         if folder is not None and (found := checkpoint.newest(folder)):
             tensors = one.tensors_to_load(set(checkpoint.described(found)))

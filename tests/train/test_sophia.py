@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from ranks import Ranks
-from test_engines import LENGTH, MODEL, batches, rows
+from test_engines import LAYOUT, LENGTH, MODEL, batches, rows
 from test_step import FSDP, TwoTowers, distance, model, model_with_dropout, run_steps
 from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
@@ -89,7 +89,7 @@ class Bench:
         self.engine = train.engine.build(World(), train)
         decay = train.optimizer.weight_decay
         self.engine.prepare(system, lambda one: parameter_groups(one, [], decay), 1)
-        self.stepper = Stepper(self.engine, MODEL.layout(), Guard(train.guard), 0, None, ["s"])
+        self.stepper = Stepper(self.engine, LAYOUT, Guard(train.guard), 0, None, ["s"])
         self.batches = batches("text", World(), 1)
         self.totals = counted(system, count(system, self.batches, ["s"]), ["s"])
 
@@ -510,7 +510,7 @@ def test_differences_are_the_products_that_double_backward_gives() -> None:
     passes = Passes(bench.stepper, bench.batches, 0)
     named = {name: one for name, one in system.named_parameters() if one in bench.engine.optimizer.state}
     signs = {name: _signs(name, one, passes) for name, one in named.items()}
-    batch = collate(rows("text"), MODEL.layout(), LENGTH)
+    batch = collate(rows("text"), LAYOUT, LENGTH)
     keep = batch.learned()
     with sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(system.logits(batch, keep), batch.labels.flatten()[keep])  # type: ignore[operator]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import ClipLoss
 from ranks import Ranks
-from test_engines import LENGTH, MODEL, batches, rows, whole_parameters
+from test_engines import LAYOUT, LENGTH, MODEL, batches, rows, whole_parameters
 from torch import Tensor, nn
 
 from mm.data.batch import MODALITIES, PackedBatch, collate
@@ -74,7 +74,7 @@ def run_steps(
     try:
         torch.manual_seed(0)
         one.prepare(build(), lambda system: parameter_groups(system, [], 0.0), micro_batches)
-        stepper = Stepper(one, MODEL.layout(), Guard(train.guard), 0, None, ["s"])
+        stepper = Stepper(one, LAYOUT, Guard(train.guard), 0, None, ["s"])
         losses, gradients, shares = [], [], []
         for step in range(steps):
             mine = batches(kind, world, micro_batches)
@@ -110,7 +110,7 @@ class TwoTowers(PooledSystem):
         super().__init__()
         self.weights = {"contrastive": 2.0}
         self.vision = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.GELU(), nn.Dropout(dropout))
-        self.words = nn.Embedding(len(MODEL.layout().tokenizer), 16)
+        self.words = nn.Embedding(len(LAYOUT.tokenizer), 16)
         self.scale = nn.Parameter(torch.ones(1))
 
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def contrastive_oracle(kind: str, dropout: float = 0.0) -> tuple[float, dict[str
     """All pairs in one batch, open_clip's loss, autograd."""
     torch.manual_seed(0)
     system = TwoTowers(dropout)
-    batch = collate(rows(kind), MODEL.layout(), LENGTH)
+    batch = collate(rows(kind), LAYOUT, LENGTH)
     torch.manual_seed(keyed_seed(0, "dropout", 0, 0))
     features = system(batch).features
     loss = 2.0 * ClipLoss()(features["image"], features["text"], system.scale.exp())
@@ -234,7 +234,7 @@ def test_an_extra_pass_is_the_gradient_of_drawn_labels(extra_reference: dict[str
     system.load_state_dict({name: torch.from_numpy(value) for name, value in found["parameters"].items()}, strict=False)
     total, loss = 0, torch.zeros(())
     for pack in rows("mixed"):
-        batch = collate([pack], MODEL.layout(), LENGTH)
+        batch = collate([pack], LAYOUT, LENGTH)
         generator = torch.Generator().manual_seed(keyed_seed(0, "extra", 0, batch.ids[0]))
         keep = batch.learned()
         where = batch.segment_ids, batch.position_ids

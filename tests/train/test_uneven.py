@@ -6,12 +6,13 @@ ranks, for trained and for frozen towers. A hang is a failure: each run has a ti
 
 import itertools
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from ranks import Ranks
-from test_engines import LENGTH, MODEL, pack, picture, train_config
+from test_engines import LAYOUT, LENGTH, MODEL, pack, picture, train_config
 from torch import Tensor, nn
 
 from mm.data.batch import MediaBatch, PackedBatch, collate, with_dummies
@@ -45,11 +46,12 @@ class Tower(nn.Module):
         return self.head(hidden).view(-1, WIDTH)
 
 
+@cache
 def layout() -> Layout:
-    image = MODEL.layout().image
+    image = LAYOUT.image
     assert image is not None
     return replace(
-        MODEL.layout(), audio=AudioLayout(16000, 80), video=VideoLayout(2, image.tokens, image.cost, image.transform)
+        LAYOUT, audio=AudioLayout(16000, 80), video=VideoLayout(2, image.tokens, image.cost, image.transform)
     )
 
 
@@ -98,7 +100,7 @@ def generated(engine: dict[str, Any], have: list[bool]) -> list[str]:
             if world.ranks == 1 or rank == world.rank:
                 prompt = raw_prompt("word3 ", [picture(rank)] if has else [])
                 call = dict(decoding=Decoding(max_new_tokens=6), synced=world.ranks > 1)
-                written += one.call(generate, one.system, MODEL.layout(), [prompt], **call)
+                written += one.call(generate, one.system, LAYOUT, [prompt], **call)
         return written
     finally:
         one.close()
