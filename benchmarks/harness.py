@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def show(name: str, rows: list[Row], as_json: bool) -> None:
     table = Table("case", "unit", "ours", "peers", "limit", title=f"{name} ({machine})")
     for row in rows:
         peers = "\n".join(f"{peer}: {_figure(value)}" for peer, value in row["peers"].items())
-        table.add_row(row["case"], row["unit"], _figure(row["ours"]), peers, _figure(row.get("limit", "")))
+        table.add_row(row["case"], row["unit"], _figure(row["ours"]), escape(peers), _figure(row.get("limit", "")))
     Console(width=150).print(table)
     if as_json:
         print(json.dumps({"name": name, "machine": machine, "rows": rows}))
