@@ -22,18 +22,23 @@ PRELOADED = ["mm.train.trainer", "torchvision", "timm"]
 
 
 def preload() -> None:
-    """The forkserver of this process, which also packs, with these modules; to be called before it is there."""
+    """The forkserver of this process, which also packs, with these modules; once it is there this changes nothing."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     ensure_running()
 
 
 def status_of(function: Callable[..., object], *arguments: Any) -> int | None:
-    """How a module-level function ends in a process of its own: its exit status, minus the signal that killed it."""
+    """How a module-level function ends in a process of its own: its exit status, minus the signal that killed it.
+
+    None: it did not end in five minutes.
+    """
     preload()
     process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
     process.start()
-    process.join()
-    return process.exitcode
+    process.join(300)
+    status = process.exitcode
+    process.kill()
+    return status
 
 
 class RankError(AssertionError):
