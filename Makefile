@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make quickstart   pack real image-text pairs, train a small vision-language model, report (about 5 minutes on 2 cores)"
-	@echo "make test         lint, types, wheel, tests (about 17 minutes on 2 cores)"
+	@echo "make test         lint, types, wheel, tests (about 15 minutes on 2 cores)"
 	@echo "make soak         packing killed 50 times, 5,000 damaged shards, training killed 36 times (about 12 minutes on 2 cores)"
 	@echo "make setup        only make .venv (about 3 minutes and 6 GB, mostly PyTorch)"
 	@echo "make lint         ruff and mypy"
@@ -35,7 +35,7 @@ quickstart: $(READY)
 test: $(READY) lint
 	@echo "wheel: built, and imported outside the checkout"
 	@$(BIN)/python tests/check_wheel.py
-	@echo "tests: about 15 minutes on 2 cores"
+	@echo "tests: about 14 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(READY)
